@@ -1,0 +1,95 @@
+"""Checks of KFC's own arguments, with messages in Keras's style."""
+
+import math
+import operator
+from typing import Any
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, exclude_low: bool = False
+) -> float:
+    """Requires a real number in `[low, high)`, or in `(low, high)`.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What was received.
+        low: Lower bound.
+        high: Upper bound, never included.
+        exclude_low: Whether `low` itself is refused.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        TypeError: If `value` is not a real number.
+        ValueError: If it is out of range or NaN.
+    """
+    expected = f"a number in {'(' if exclude_low else '['}{low}, {high})"
+    number = None
+    if not isinstance(value, (bool, str, bytes)):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            pass
+    if number is None:
+        raise TypeError(f"Argument `{name}` must be {expected}. Received: {name}={value!r}")
+    if not low <= number < high or (exclude_low and number == low):
+        raise ValueError(f"Argument `{name}` must be {expected}. Received: {name}={value!r}")
+    return number
+
+
+def check_positive_integer(name: str, value: Any) -> int:
+    """Requires an integer of at least 1.
+
+    Raises:
+        TypeError: If `value` is not an integer.
+        ValueError: If it is below 1.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"Argument `{name}` must be a positive integer. Received: {name}={value!r}")
+    number = operator.index(value)
+    if number < 1:
+        raise ValueError(
+            f"Argument `{name}` must be a positive integer. Received: {name}={value!r}"
+        )
+    return number
+
+
+def check_boolean(name: str, value: Any) -> bool:
+    """Requires True or False.
+
+    Raises:
+        TypeError: If `value` is anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"Argument `{name}` must be a boolean. Received: {name}={value!r}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Requires one of a few strings.
+
+    Raises:
+        ValueError: If `value` is not one of `choices`.
+    """
+    if value not in choices:
+        raise ValueError(
+            f"Argument `{name}` must be one of {choices}. Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_seed(value: Any) -> int | None:
+    """Requires None or an integer in `[0, 2**31)`.
+
+    Raises:
+        TypeError: If `value` is neither None nor an integer.
+        ValueError: If it is out of range.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"Argument `seed` must be an integer or None. Received: seed={value!r}")
+    if not 0 <= operator.index(value) < 2**31:
+        raise ValueError(f"Argument `seed` must be in [0, 2**31). Received: seed={value!r}")
+    return operator.index(value)

@@ -1,0 +1,121 @@
+"""The Fisher block of one layer: moving averages, damped inverses, preconditioning.
+
+A block owns no numbers itself: its state lives in variables of the optimizer,
+so that Keras saves and restores it with the optimizer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kfc.factors import Geometry
+
+
+class KroneckerBlock:
+    """State of one layer's block `omega ⊗ gamma`.
+
+    Args:
+        path: The layer's path.
+        geometry: How the layer's tensors map to the joint matrix.
+        kernel: Index of the kernel among the optimizer's variables.
+        bias: Index of the bias, or None if none is trained.
+        dtype: Dtype of factors and inverses.
+        add_variable: The optimizer's `add_variable`.
+
+    Attributes:
+        omega: Moving average of the input factor, `(G, n, n)`.
+        gamma: Moving average of the output factor, `(G, m, m)`.
+        omega_inverse: Damped inverse of omega, `(G, n, n)`.
+        gamma_inverse: Damped inverse of gamma, `(G, m, m)`.
+        weight: Sum of the weights in the moving averages, a scalar in [0, 1); 0
+            before the first update.
+        inverted: 1 once the inverses hold numbers, 0 before.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        geometry: Geometry,
+        kernel: int,
+        bias: int | None,
+        dtype: str,
+        add_variable: Callable[..., keras.Variable],
+    ):
+        self.path = path
+        self.geometry = geometry
+        self.kernel = kernel
+        self.bias = bias
+        rows = geometry.kernel_rows + (bias is not None)
+        columns = geometry.outputs // geometry.groups
+
+        def add(name: str, *shape: int) -> keras.Variable:
+            full_name = f"{path.replace('/', '_')}_{name}"
+            return add_variable(shape=shape, dtype=dtype, name=full_name)
+
+        self.omega = add("omega", geometry.groups, rows, rows)
+        self.gamma = add("gamma", geometry.groups, columns, columns)
+        self.omega_inverse = add("omega_inverse", geometry.groups, rows, rows)
+        self.gamma_inverse = add("gamma_inverse", geometry.groups, columns, columns)
+        self.weight = add("weight")
+        self.inverted = add("inverted")
+
+    def accumulate(self, omega: tf.Tensor, gamma: tf.Tensor, decay: float) -> tf.Tensor:
+        """Moves the averages towards the factors of one batch.
+
+        The first batch counts in full and every later average is the
+        bias-corrected one, so that it is usable from the start. Factors
+        that hold a NaN or an infinity are left out.
+
+        Args:
+            omega: Input factor of the batch.
+            gamma: Output factor of the batch.
+            decay: Decay of the moving average, in [0, 1).
+
+        Returns:
+            Whether the batch was left out, a boolean scalar.
+        """
+        usable = all_finite([omega, gamma])
+
+        def update():
+            weight = decay * self.weight + (1 - decay)
+            rate = (1 - decay) / weight
+            self.weight.assign(weight)
+            for average, batch in ((self.omega, omega), (self.gamma, gamma)):
+                batch = tf.cast(batch, average.dtype)
+                average.assign_add(rate * (batch - average))
+            return False
+
+        return tf.cond(usable, update, lambda: True)
+
+    def store_inverses(self, omega_inverse: tf.Tensor, gamma_inverse: tf.Tensor) -> tf.Tensor:
+        """Takes over new inverses, or keeps the last good ones.
+
+        Args:
+            omega_inverse: `(G, n, n)`.
+            gamma_inverse: `(G, m, m)`.
+
+        Returns:
+            Whether the inverses were refused because they hold a NaN or an
+            infinity though the block has seen data, a boolean scalar.
+        """
+        usable = all_finite([omega_inverse, gamma_inverse])
+        has_data = self.weight > 0
+
+        def store():
+            self.omega_inverse.assign(omega_inverse)
+            self.gamma_inverse.assign(gamma_inverse)
+            self.inverted.assign(tf.ones((), self.inverted.dtype))
+            return False
+
+        return tf.cond(usable & has_data, store, lambda: has_data)
+
+    def precondition(self, joint: tf.Tensor) -> tf.Tensor:
+        """Applies `omega⁻¹ D gamma⁻¹` to a joint matrix D, `(G, n, m)`."""
+        return self.omega_inverse @ joint @ self.gamma_inverse
+
+
+def all_finite(tensors: list[Any]) -> tf.Tensor:
+    """Whether no entry of any tensor is NaN or infinite, a boolean scalar."""
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors])

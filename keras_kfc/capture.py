@@ -1,0 +1,305 @@
+"""What instrumented layers hand over during one forward pass.
+
+A `Capture` is open while a model runs forward. Each instrumented layer records
+its input `a` and pre-activation `s` in it; afterwards the capture can
+differentiate the model's outputs with respect to every `s`, any number of
+times, inside `tf.cond` too. There are two ways to get one:
+
+* a custom training loop opens it as a context manager;
+* a compiled model whose optimizer has Kronecker factors opens one by itself at
+  the first instrumented layer of a training pass and closes it when it
+  computes its loss; the optimizer collects it when it applies the gradients.
+
+State is thread-local, because the replicas of a `tf.distribute` strategy trace
+as interleaved threads.
+"""
+
+import dataclasses
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.eager import record as tape_record
+
+from keras_kfc.factors import Geometry
+
+
+@dataclasses.dataclass
+class LayerRecord:
+    """All uses of one instrumented layer in one forward pass.
+
+    Args:
+        path: The layer's path, for messages.
+        kernel: The layer's kernel variable.
+        geometry: How its tensors map to Kronecker factors.
+        has_bias: Whether the layer has a bias.
+    """
+
+    path: str
+    kernel: keras.Variable
+    geometry: Geometry
+    has_bias: bool
+    inputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    pre_activations: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    ordinary_derivatives: list[tf.Tensor] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class LossEvaluation:
+    """What a model's loss was computed from.
+
+    Args:
+        model: The compiled model.
+        y_true: Targets.
+        y_pred: Outputs.
+        sample_weight: Sample weights or None.
+        value: The loss without regularisation and added losses, a scalar.
+    """
+
+    model: Any
+    y_true: Any
+    y_pred: Any
+    sample_weight: Any
+    value: tf.Tensor
+
+
+class Capture:
+    """Records inputs and pre-activations of instrumented layers.
+
+    Example:
+
+    >>> layer = keras_kfc.layers.Dense(2)
+    >>> with keras_kfc.Capture() as capture:
+    ...     outputs = layer(np.ones((4, 3), "float32"))
+    >>> capture.paths
+    ['dense']
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[int, LayerRecord] = {}
+        self.loss: LossEvaluation | None = None
+        self.model: Any = None
+        # Only pre-activations are watched: the tape holds what lies between
+        # them and the outputs, nothing of the ordinary backward pass.
+        self._tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+        self._graph: Any = None
+        self.is_open = False
+
+    def __enter__(self) -> "Capture":
+        self.open()
+        _state.explicit.append(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _state.explicit.remove(self)
+        self.close()
+
+    def open(self) -> None:
+        """Starts recording."""
+        self._graph = _current_graph()
+        self._tape.__enter__()
+        self.is_open = True
+
+    def close(self) -> None:
+        """Stops recording; what was recorded stays."""
+        if self.is_open:
+            self._tape.__exit__(None, None, None)
+            self.is_open = False
+
+    def belongs_to_current_graph(self) -> bool:
+        """Whether the capture was opened in the graph that is being built now."""
+        return self._graph is not None and _current_graph() is self._graph
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the layers recorded so far, in the order of their first use."""
+        return [record.path for record in self.records.values()]
+
+    def record(self, layer: Any, inputs: tf.Tensor, pre_activation: tf.Tensor) -> None:
+        """Takes one use of a layer.
+
+        Args:
+            layer: The instrumented layer.
+            inputs: Its input `a`.
+            pre_activation: Its pre-activation `s`.
+
+        Raises:
+            ValueError: If the layer runs inside a graph of its own (a loop, a
+                `tf.function`, a recomputed block), whose tensors cannot be
+                differentiated from outside.
+        """
+        if _current_graph() is not self._graph:
+            raise ValueError(
+                f"Layer {layer.path} runs inside a loop, a tf.function or a recomputed "
+                "block, where its statistics cannot be recorded. Use "
+                f"keras.layers.{type(layer).__name__} there, or "
+                f'keras_kfc.instrument(model, exclude=["{layer.path}"]), so that the fallback '
+                "rule trains it."
+            )
+        self._tape.watch(pre_activation)
+        record_ = self._record_of(layer)
+        record_.inputs.append(inputs)
+        record_.pre_activations.append(pre_activation)
+
+    def record_derivative(self, layer: Any, derivative: tf.Tensor) -> None:
+        """Takes what the ordinary backward pass sends to a pre-activation."""
+        self._record_of(layer).ordinary_derivatives.append(derivative)
+
+    def differentiate(
+        self, sources: Sequence[tf.Tensor], derivatives: Sequence[tf.Tensor]
+    ) -> dict[int, list[tf.Tensor]]:
+        """Runs one backward pass from the outputs to all pre-activations.
+
+        Args:
+            sources: Output tensors.
+            derivatives: A tensor for each of them to start from.
+
+        Returns:
+            For each key of `records`, derivatives with respect to its
+            pre-activations, zeros where an output does not depend on them.
+        """
+        flat = [s for record in self.records.values() for s in record.pre_activations]
+        gradients = iter(
+            self._tape.gradient(
+                list(sources),
+                flat,
+                output_gradients=list(derivatives),
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+        )
+        return {
+            key: [next(gradients) for _ in record.pre_activations]
+            for key, record in self.records.items()
+        }
+
+    def _record_of(self, layer: Any) -> LayerRecord:
+        kernel = layer.kronecker_kernel
+        if id(kernel) not in self.records:
+            self.records[id(kernel)] = LayerRecord(
+                layer.path, kernel, layer.kronecker_geometry, layer.bias is not None
+            )
+        return self.records[id(kernel)]
+
+
+def active_capture(layer: Any) -> Capture | None:
+    """The capture that a layer call belongs to, or None if nobody asked.
+
+    Args:
+        layer: The instrumented layer that is being called.
+    """
+    if _state.explicit:
+        return _state.explicit[-1]
+    context = layer._get_call_context()
+    model = context.entry_layer
+    optimizer = kronecker_optimizer(getattr(model, "optimizer", None))
+    if optimizer is None or not layer.kronecker_kernel.trainable:
+        return None
+    pending = _state.pending.get(optimizer)
+    if pending is not None and pending.capture.is_open:
+        same_pass = pending.context is context
+        # Several forward passes before one loss are one pass in a graph. In
+        # eager mode the older one may be a pass that nobody finished.
+        if same_pass or pending.capture.belongs_to_current_graph():
+            return pending.capture
+        pending.capture.close()
+    if getattr(context, "training", None) is False or not tape_record.could_possibly_record():
+        # Inference, or a forward pass in training mode that nobody differentiates.
+        return None
+    watch_loss(model)
+    capture = Capture()
+    capture.model = model
+    capture.open()
+    _state.pending[optimizer] = _Pending(context, capture)
+    return capture
+
+
+def take_pending(optimizer: Any) -> Capture | None:
+    """Hands the capture of the last training pass to its optimizer, once.
+
+    Args:
+        optimizer: The optimizer with Kronecker factors.
+    """
+    pending = _state.pending.pop(optimizer, None)
+    if pending is None:
+        return None
+    pending.capture.close()
+    return pending.capture
+
+
+def kronecker_optimizer(optimizer: Any) -> Any:
+    """The optimizer with Kronecker factors, unwrapped from loss scaling, or None."""
+    while optimizer is not None and not hasattr(optimizer, "update_factors"):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
+
+
+def report_loss(model: Any, y_true: Any, y_pred: Any, sample_weight: Any, loss: Any) -> None:
+    """Closes the capture of a model's training pass and tells it about the loss.
+
+    Args:
+        model: The compiled model.
+        y_true: Targets.
+        y_pred: Outputs.
+        sample_weight: Sample weights or None.
+        loss: The total loss, a scalar.
+    """
+    optimizer = kronecker_optimizer(model.optimizer)
+    pending = None if optimizer is None else _state.pending.get(optimizer)
+    if pending is None or not pending.capture.is_open:
+        return
+    pending.capture.close()
+    extra = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in model.losses]
+    data_loss = loss - tf.add_n(extra) if extra else loss
+    pending.capture.loss = LossEvaluation(model, y_true, y_pred, sample_weight, data_loss)
+
+
+def watch_loss(model: Any) -> None:
+    """Makes a model's `compute_loss` call `report_loss`.
+
+    `compute_loss` is Keras's own extension point, which every train step calls
+    after the forward pass. The wrapper stands on the instance: the class of
+    the model, and with it what is saved, stays as it is.
+
+    Args:
+        model: A compiled `keras.Model`.
+    """
+    original = model.compute_loss
+    if getattr(original, "reports_loss", False):
+        return
+
+    @functools.wraps(original)
+    def compute_loss(x=None, y=None, y_pred=None, sample_weight=None, *args, **kwargs):
+        loss = original(x, y, y_pred, sample_weight, *args, **kwargs)
+        report_loss(model, y, y_pred, sample_weight, loss)
+        return loss
+
+    compute_loss.reports_loss = True
+    model.compute_loss = compute_loss
+
+
+def unwatch_loss(model: Any) -> None:
+    """Undoes `watch_loss`."""
+    model.__dict__.pop("compute_loss", None)
+
+
+@dataclasses.dataclass
+class _Pending:
+    context: Any
+    capture: Capture
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.explicit: list[Capture] = []
+        self.pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
+
+
+_state = _State()
+
+
+def _current_graph() -> Any:
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

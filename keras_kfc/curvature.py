@@ -1,0 +1,155 @@
+"""Kronecker factors of a model on given data, without training."""
+
+import dataclasses
+import random
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_kfc.arguments import check_choice, check_positive_integer, check_seed
+from keras_kfc.capture import Capture
+from keras_kfc.instrument import instrument_layers, strip_layer
+from keras_kfc.likelihood import FISHERS, output_derivatives
+from keras_kfc.statistics import (
+    batch_gammas,
+    batch_omegas,
+    batch_size_of,
+    compile_loss,
+    loss_terms,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class KroneckerFactors:
+    """The two factors of one layer's Fisher block `omega ⊗ gamma`.
+
+    Attributes:
+        omega: Input factor, float32, `(n, n)`, rows in the order (kernel row,
+            kernel column, channel, 1); `(groups, n, n)` for grouped convolutions.
+        gamma: Output factor, float32, `(m, m)`, m output channels;
+            `(groups, m, m)` for grouped convolutions.
+    """
+
+    omega: np.ndarray
+    gamma: np.ndarray
+
+
+def kronecker_factors(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    loss: Any = None,
+    fisher: str = "sampled",
+    batch_size: int = 32,
+    seed: int | None = None,
+) -> dict[str, KroneckerFactors]:
+    """Computes the Kronecker factors of every Conv2D and Dense layer.
+
+    The model runs in inference mode, and nothing about it changes.
+    Normalisation is the paper's: omega is a sum over positions and a mean over
+    examples, gamma a mean over both (Grosse & Martens 2016, section 3).
+
+    Args:
+        model: A built model, instrumented or not.
+        x: Inputs, in the structure that the model takes, first axis examples.
+        y: Targets; needed for `fisher="empirical"`.
+        loss: The loss, as `keras.Model.compile` takes it. Defaults to the
+            compiled one.
+        fisher: `"sampled"`, `"empirical"` or `"exact"`.
+        batch_size: Number of examples to run at a time.
+        seed: Seed of the sampled targets, or None for a random one.
+
+    Returns:
+        A `KroneckerFactors` for each layer path.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If an argument is out of range, no loss is known, or `y` is
+            missing where it is needed.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+    >>> factors = keras_kfc.kronecker_factors(model, np.ones((8, 4)), loss="mse")
+    >>> factors["head"].omega.shape, factors["head"].gamma.shape
+    ((5, 5), (2, 2))
+    """
+    check_choice("fisher", fisher, FISHERS)
+    batch_size = check_positive_integer("batch_size", batch_size)
+    seed = check_seed(seed)
+    seed = random.randrange(2**31) if seed is None else seed
+    if y is None and fisher == "empirical":
+        raise ValueError('Argument `y` is needed for fisher="empirical". Received: y=None')
+    swapped = instrument_layers(model)
+    try:
+        return _factors(model, x, y, _loss_of(model, loss), fisher, batch_size, seed)
+    finally:
+        for layer in swapped:
+            strip_layer(layer)
+
+
+def _loss_of(model, loss):
+    if loss is not None:
+        return compile_loss(loss, model)
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None:
+        raise ValueError(
+            "Argument `loss` is needed for a model that was not compiled with a loss. "
+            "Received: loss=None"
+        )
+    return compiled
+
+
+def _factors(model, x, y, compiled, fisher, batch_size, seed):
+    examples = len(keras.tree.flatten(x)[0])
+    if not model.built:
+        _call(model, _slice(x, 0, 1))
+
+    def batch_sums(inputs, targets, batch_seed):
+        with Capture() as capture:
+            outputs = _call(model, inputs)
+        size = batch_size_of(outputs)
+        derivatives = output_derivatives(
+            loss_terms(compiled, targets, outputs), fisher, batch_seed
+        )
+        omegas = batch_omegas(
+            capture, size, {key: record.has_bias for key, record in capture.records.items()}
+        )
+        gammas = batch_gammas(capture, derivatives, capture.records)
+        return {
+            record.path: [tf.cast(size, part.dtype) * part for part in (omegas[key], gammas[key])]
+            for key, record in capture.records.items()
+        }
+
+    if not getattr(model, "run_eagerly", False):
+        batch_sums = tf.function(batch_sums, autograph=False, reduce_retracing=True)
+    totals: dict[str, list[np.ndarray]] = {}
+    for start in range(0, examples, batch_size):
+        stop = min(start + batch_size, examples)
+        targets = None if y is None else _slice(y, start, stop)
+        batch_seed = tf.constant([seed, start], tf.int64)
+        for path, parts in batch_sums(_slice(x, start, stop), targets, batch_seed).items():
+            share = [part.numpy().astype("float64") / examples for part in parts]
+            known = totals.setdefault(path, [np.zeros_like(part) for part in share])
+            totals[path] = [total + part for total, part in zip(known, share, strict=True)]
+    return {
+        path: KroneckerFactors(*(_squeeze(total.astype("float32")) for total in parts))
+        for path, parts in totals.items()
+    }
+
+
+def _call(model, inputs):
+    return model(inputs, training=False) if model._call_has_training_arg else model(inputs)
+
+
+def _slice(structure, start, stop):
+    return keras.tree.map_structure(
+        lambda part: tf.convert_to_tensor(part[start:stop]), structure
+    )
+
+
+def _squeeze(factor):
+    return factor[0] if factor.shape[0] == 1 else factor

@@ -1,0 +1,209 @@
+"""Kronecker factors Omega and Gamma of one layer, and the joint matrix they act on.
+
+Shape convention, used by every module above this one. A layer's weights form
+one *joint matrix* of shape `(G, n, m)`: G groups (1 for all but grouped
+convolutions), rows in the kernel's own order with the bias as a last row
+(`n = kh * kw * J / G + 1`, or without the `+ 1` if no bias is trained), a column
+for each output channel of the group (`m = I / G`). The block of the Fisher
+matrix is `Omega ⊗ Gamma` with
+
+    omega  (G, n, n)   sum over positions, mean over examples, of  ā āᵀ
+    gamma  (G, m, m)   mean over positions and examples, of  Ds Dsᵀ
+
+where `ā` is the patch (for Dense: the input) with a 1 appended for the bias
+and `Ds` the derivative of one example's loss with respect to the layer's
+pre-activations. The uses of a layer that is called several times in one
+forward pass count as further positions. Source: Grosse & Martens (2016),
+section 3.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from keras_kfc.patches import at_least_float32, patch_second_moment
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseGeometry:
+    """How a Dense layer's tensors map to the joint matrix.
+
+    Args:
+        inputs: Size of the last axis of the layer's input, J.
+        outputs: Number of units, I.
+    """
+
+    inputs: int
+    outputs: int
+    groups: int = dataclasses.field(default=1, init=False)
+
+    @property
+    def kernel_rows(self) -> int:
+        """Rows of the joint matrix that belong to the kernel."""
+        return self.inputs
+
+    def input_moments(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Sums of `a aᵀ` and `a` over examples and middle axes: `(1, J, J)`, `(1, J)`."""
+        rows = tf.reshape(at_least_float32(inputs), (1, -1, self.inputs))
+        return tf.matmul(rows, rows, transpose_a=True), tf.reduce_sum(rows, axis=1)
+
+    def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Number of output positions of all examples together, a scalar."""
+        return tf.reduce_prod(tf.shape(inputs)[:-1])
+
+    def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
+        """Flattens `(B, ..., I)` to `(1, positions of all examples, I)`."""
+        return tf.reshape(at_least_float32(derivatives), (1, -1, self.outputs))
+
+    def to_joint(self, kernel: tf.Tensor, bias: tf.Tensor | None) -> tf.Tensor:
+        """Joins kernel `(J, I)` and bias `(I,)` to `(1, n, I)`."""
+        rows = kernel if bias is None else tf.concat((kernel, bias[None]), axis=0)
+        return rows[None]
+
+    def from_joint(self, joint: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Splits `(1, n, I)` into kernel `(J, I)` and bias `(I,)` (or None)."""
+        rows = joint[0]
+        has_bias = joint.shape[1] > self.inputs
+        return rows[: self.inputs], rows[self.inputs] if has_bias else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvGeometry:
+    """How a two-dimensional convolution's tensors map to the joint matrix.
+
+    Args:
+        kernel_size: `(kh, kw)`.
+        inputs: Input channels J, of all groups together.
+        outputs: Output channels I, of all groups together.
+        strides: As in `keras.layers.Conv2D`.
+        padding: `"valid"` or `"same"`.
+        dilation_rate: As in `keras.layers.Conv2D`.
+        groups: Number of channel groups; each is a block of its own.
+        data_format: `"channels_last"` or `"channels_first"`.
+    """
+
+    kernel_size: tuple[int, int]
+    inputs: int
+    outputs: int
+    strides: tuple[int, int] = (1, 1)
+    padding: str = "valid"
+    dilation_rate: tuple[int, int] = (1, 1)
+    groups: int = 1
+    data_format: str = "channels_last"
+
+    @property
+    def kernel_rows(self) -> int:
+        """Rows of the joint matrix that belong to the kernel."""
+        return self.kernel_size[0] * self.kernel_size[1] * self.inputs // self.groups
+
+    def input_moments(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Sums of `p pᵀ` and `p` over examples and positions: `(G, K, K)`, `(G, K)`."""
+        return patch_second_moment(
+            inputs,
+            self.kernel_size,
+            self.strides,
+            self.padding,
+            self.dilation_rate,
+            self.groups,
+            self.data_format,
+        )
+
+    def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Number of output positions of all examples together, a scalar."""
+        shape = tf.shape(inputs)
+        first = 2 if self.data_format == "channels_first" else 1
+        count = shape[0]
+        for axis in range(2):
+            size = shape[first + axis]
+            if self.padding == "valid":
+                size -= self.dilation_rate[axis] * (self.kernel_size[axis] - 1)
+            count *= -(-size // self.strides[axis])
+        return count
+
+    def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
+        """Flattens pre-activation derivatives to `(G, positions of all examples, I / G)`."""
+        derivatives = at_least_float32(derivatives)
+        if self.data_format == "channels_first":
+            derivatives = tf.transpose(derivatives, (0, 2, 3, 1))
+        if self.groups == 1:
+            return tf.reshape(derivatives, (1, -1, self.outputs))
+        rows = tf.reshape(derivatives, (-1, self.groups, self.outputs // self.groups))
+        return tf.transpose(rows, (1, 0, 2))
+
+    def to_joint(self, kernel: tf.Tensor, bias: tf.Tensor | None) -> tf.Tensor:
+        """Joins kernel `(kh, kw, J / G, I)` and bias `(I,)` to `(G, n, I / G)`."""
+        rows = tf.reshape(kernel, (self.kernel_rows, self.outputs))
+        if bias is not None:
+            rows = tf.concat((rows, bias[None]), axis=0)
+        if self.groups == 1:
+            return rows[None]
+        rows = tf.reshape(rows, (-1, self.groups, self.outputs // self.groups))
+        return tf.transpose(rows, (1, 0, 2))
+
+    def from_joint(self, joint: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Splits `(G, n, I / G)` into kernel `(kh, kw, J / G, I)` and bias `(I,)` (or None)."""
+        has_bias = joint.shape[1] > self.kernel_rows
+        if self.groups == 1:
+            rows = joint[0]
+        else:
+            rows = tf.reshape(tf.transpose(joint, (1, 0, 2)), (-1, self.outputs))
+        kernel = tf.reshape(
+            rows[: self.kernel_rows],
+            (*self.kernel_size, self.inputs // self.groups, self.outputs),
+        )
+        return kernel, rows[self.kernel_rows] if has_bias else None
+
+
+Geometry = DenseGeometry | ConvGeometry
+
+
+def input_factor(
+    geometry: Geometry, inputs: Sequence[tf.Tensor], batch_size: tf.Tensor, use_bias: bool
+) -> tf.Tensor:
+    """Omega of one batch.
+
+    Args:
+        geometry: The layer's geometry.
+        inputs: What the layer saw, one tensor for each time it was called.
+        batch_size: Number of examples B, a scalar.
+        use_bias: Whether the joint matrix has a row for the bias.
+
+    Returns:
+        `(G, n, n)`, float32 (float64 for float64 inputs).
+    """
+    moments = [geometry.input_moments(tensor) for tensor in inputs]
+    second_moment = tf.add_n([moment for moment, _ in moments])
+    examples = tf.cast(batch_size, second_moment.dtype)
+    if use_bias:
+        patch_sum = tf.add_n([total for _, total in moments])[..., None]
+        patches = tf.add_n(
+            [tf.cast(geometry.count_positions(tensor), second_moment.dtype) for tensor in inputs]
+        )
+        corner = tf.fill((geometry.groups, 1, 1), patches)
+        second_moment = tf.concat(
+            (
+                tf.concat((second_moment, patch_sum), axis=2),
+                tf.concat((tf.linalg.matrix_transpose(patch_sum), corner), axis=2),
+            ),
+            axis=1,
+        )
+    return second_moment / examples
+
+
+def output_factor(geometry: Geometry, derivatives: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Gamma of one batch and one draw of targets.
+
+    Args:
+        geometry: The layer's geometry.
+        derivatives: `Ds`, derivatives of one example's loss (not of the mean
+            over the batch), one tensor for each time the layer was called.
+
+    Returns:
+        `(G, m, m)`, float32 (float64 for float64 derivatives).
+    """
+    rows = [geometry.derivative_rows(tensor) for tensor in derivatives]
+    count = tf.add_n([tf.shape(tensor)[1] for tensor in rows])
+    total = tf.add_n([tf.matmul(tensor, tensor, transpose_a=True) for tensor in rows])
+    return total / tf.cast(count, total.dtype)
+

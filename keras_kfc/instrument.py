@@ -1,0 +1,251 @@
+"""Makes any Keras model ready for KFC in place, and undoes it.
+
+Layers change their class to the subclass that captures, and back; weights,
+names, configuration and the graph of a functional model stay as they are.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+from keras_kfc import layers
+from keras_kfc.capture import unwatch_loss
+from keras_kfc.layers import KroneckerLayer, mark_kernel, unmark_kernel
+
+_INSTRUMENTED = {keras.layers.Conv2D: layers.Conv2D, keras.layers.Dense: layers.Dense}
+_PLAIN = {instrumented: plain for plain, instrumented in _INSTRUMENTED.items()}
+# These call their children inside a loop of their own, out of a capture's reach.
+_LOOPING = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCoverage:
+    """How KFC trains one layer.
+
+    Args:
+        path: The layer's path.
+        kind: Name of its class.
+        parameters: Number of its trainable parameters, or None if it is not built.
+        covered: Whether it has a Kronecker block.
+        reason: Why not, or an empty string.
+    """
+
+    path: str
+    kind: str
+    parameters: int | None
+    covered: bool
+    reason: str
+
+
+class Coverage:
+    """Which layers of a model have a Kronecker block; prints as a table.
+
+    Args:
+        entries: One `LayerCoverage` for each layer with trainable weights.
+
+    Attributes:
+        entries: As given.
+    """
+
+    def __init__(self, entries: Iterable[LayerCoverage]):
+        self.entries = tuple(entries)
+
+    @property
+    def covered(self) -> list[str]:
+        """Paths of the layers that have a Kronecker block."""
+        return [entry.path for entry in self.entries if entry.covered]
+
+    @property
+    def fallback(self) -> dict[str, str]:
+        """Paths of the layers that the fallback rule trains, with the reason."""
+        return {entry.path: entry.reason for entry in self.entries if not entry.covered}
+
+    def __str__(self) -> str:
+        table = Table(title="KFC coverage")
+        for heading in ("layer", "class", "parameters", "trained by"):
+            table.add_column(heading, justify="right" if heading == "parameters" else "left")
+        for entry in self.entries:
+            count = "?" if entry.parameters is None else f"{entry.parameters:,}"
+            rule = "Kronecker block" if entry.covered else f"fallback rule: {entry.reason}"
+            table.add_row(entry.path, entry.kind, count, rule)
+        output = io.StringIO()
+        Console(file=output, width=100).print(table)
+        return output.getvalue().rstrip()
+
+    __repr__ = __str__
+
+
+def instrument(
+    model: keras.Model, *, exclude: Iterable[str] = (), verbose: bool = False
+) -> keras.Model:
+    """Makes a Keras model ready for `keras_kfc.KFC`, in place.
+
+    Every `keras.layers.Conv2D` and `keras.layers.Dense` in the model, at any
+    depth, becomes its capturing subclass. Calling it again changes nothing.
+    `keras_kfc.coverage(model)` tells the outcome.
+
+    Args:
+        model: The model, built or not, compiled or not.
+        exclude: Names or paths of layers to leave to the fallback rule.
+        verbose: Whether to print the coverage.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If `exclude` names a layer that the model does not have.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+    >>> keras_kfc.coverage(keras_kfc.instrument(model)).covered
+    ['head']
+    """
+    if instrument_layers(model, exclude):
+        _forget_traces(model)
+    if verbose:
+        print(coverage(model))
+    return model
+
+
+def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[keras.Layer]:
+    """Changes the classes of layers as `instrument` does, and no more.
+
+    Args:
+        model: The model.
+        exclude: Names or paths of layers to leave to the fallback rule.
+
+    Returns:
+        The layers whose class changed.
+    """
+    _require_model(model)
+    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
+    inner = _layers_of(model)
+    unknown = excluded - {name for layer, _ in inner for name in (layer.name, layer.path)}
+    if unknown:
+        raise ValueError(
+            "Argument `exclude` must hold names or paths of the model's layers. "
+            f"Received: exclude={sorted(excluded)}, of which the model lacks {sorted(unknown)}"
+        )
+    changed = []
+    for layer, reason in inner:
+        if {layer.name, layer.path} & excluded:
+            if strip_layer(layer):
+                changed.append(layer)
+        elif not reason and type(layer) in _INSTRUMENTED:
+            layer.__class__ = _INSTRUMENTED[type(layer)]
+            if layer.built:
+                mark_kernel(layer)
+            changed.append(layer)
+    return changed
+
+
+def strip(model: keras.Model) -> keras.Model:
+    """Undoes `instrument`, in place.
+
+    Layers of `keras_kfc.layers` become Keras's own, so that the model can be
+    saved, exported and loaded where keras_kfc is not installed.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+    """
+    _require_model(model)
+    if any([strip_layer(layer) for layer, _ in _layers_of(model)]):
+        _forget_traces(model)
+    unwatch_loss(model)
+    return model
+
+
+def strip_layer(layer: keras.Layer) -> bool:
+    """Gives one layer Keras's own class back.
+
+    Args:
+        layer: Any layer.
+
+    Returns:
+        Whether its class changed.
+    """
+    if type(layer) not in _PLAIN:
+        return False
+    if layer.built:
+        unmark_kernel(layer)
+    layer.__class__ = _PLAIN[type(layer)]
+    return True
+
+
+def coverage(model: keras.Model) -> Coverage:
+    """Tells how KFC would train each layer of a model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A `Coverage`, which prints as a table.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+    """
+    _require_model(model)
+    entries = []
+    for layer, reason in _layers_of(model):
+        own = [variable for variable in layer._trainable_variables]
+        if layer.built and not own:
+            continue
+        if not layer.built and not isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
+            continue
+        covered = isinstance(layer, KroneckerLayer)
+        if covered:
+            reason = ""
+            if layer.built and not layer.kronecker_kernel.trainable:
+                covered, reason = False, "its kernel is frozen"
+        elif not reason:
+            if type(layer) in _INSTRUMENTED:
+                reason = "not instrumented"
+            elif isinstance(layer, tuple(_INSTRUMENTED)):
+                reason = "a subclass may compute something else"
+            else:
+                reason = "no block for this class"
+        count = sum(int(variable.size) for variable in own) if layer.built else None
+        entries.append(LayerCoverage(layer.path, type(layer).__name__, count, covered, reason))
+    return Coverage(entries)
+
+
+def _layers_of(model):
+    """All layers inside a model, each with the reason why it cannot capture, if any."""
+    looping: dict[int, str] = {}
+    for layer in model._flatten_layers():
+        if isinstance(layer, _LOOPING):
+            for child in layer._flatten_layers(include_self=False):
+                looping[id(child)] = f"inside {type(layer).__name__}"
+    seen: set[int] = set()
+    found = []
+    for layer in model._flatten_layers(include_self=False):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            found.append((layer, looping.get(id(layer), "")))
+    return found
+
+
+def _forget_traces(model):
+    """Drops functions traced with the former classes."""
+    model.train_function = model.test_function = model.predict_function = None
+
+
+def _require_model(model):
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Argument `model` must be an instance of `keras.Model`. Received: "
+            f"model={model!r} of type {type(model).__name__}"
+        )

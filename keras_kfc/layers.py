@@ -1,0 +1,139 @@
+"""Keras's Conv2D and Dense with an eye on their input and pre-activation.
+
+The layers compute, save and configure exactly as Keras's own; they differ in
+two ways. When a capture is open, they record what a Kronecker factor needs;
+and their kernel variable carries a reference to them, from which the optimizer
+learns which variables form a block.
+"""
+
+import weakref
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from keras_kfc.capture import active_capture
+from keras_kfc.factors import ConvGeometry, DenseGeometry, Geometry
+
+
+class KroneckerLayer:
+    """What instrumented layers share."""
+
+    def build(self, input_shape: Any) -> None:
+        """Creates the variables and marks the kernel."""
+        super().build(input_shape)  # type: ignore[misc]
+        mark_kernel(self)
+
+    @property
+    def kronecker_kernel(self) -> keras.Variable:
+        """The kernel variable itself, whatever `layer.kernel` derives from it."""
+        return self._kernel  # type: ignore[attr-defined]
+
+    @property
+    def kronecker_geometry(self) -> Geometry:
+        """How the layer's tensors map to Kronecker factors."""
+        raise AttributeError(f"{type(self).__name__} does not define its geometry")
+
+    def _observe(self, inputs: tf.Tensor, pre_activation: tf.Tensor) -> tf.Tensor:
+        if not tf.is_tensor(pre_activation):
+            return pre_activation
+        capture = active_capture(self)
+        if capture is None:
+            return pre_activation
+
+        @tf.custom_gradient
+        def probe(tensor):
+            def gradient(derivative):
+                capture.record_derivative(self, derivative)
+                return derivative
+
+            return tf.identity(tensor), gradient
+
+        observed = probe(pre_activation)
+        capture.record(self, inputs, observed)
+        return observed
+
+
+@keras.saving.register_keras_serializable(package="keras_kfc")
+class Conv2D(KroneckerLayer, keras.layers.Conv2D):
+    """`keras.layers.Conv2D`, which `keras_kfc.KFC` preconditions.
+
+    Takes the arguments of `keras.layers.Conv2D` and has its configuration,
+    weights and outputs. With `groups > 1` each group is a block of its own.
+
+    Example:
+
+    >>> layer = keras_kfc.layers.Conv2D(8, 3, padding="same", activation="relu")
+    >>> layer(np.ones((2, 5, 5, 3), "float32")).shape
+    TensorShape([2, 5, 5, 8])
+    """
+
+    @property
+    def kronecker_geometry(self) -> ConvGeometry:
+        """The convolution's `ConvGeometry`."""
+        kernel_height, kernel_width, channels, filters = self._kernel.shape
+        return ConvGeometry(
+            kernel_size=(kernel_height, kernel_width),
+            inputs=channels * self.groups,
+            outputs=filters,
+            strides=tuple(self.strides),
+            padding=self.padding,
+            dilation_rate=tuple(self.dilation_rate),
+            groups=self.groups,
+            data_format=self.data_format,
+        )
+
+    def call(self, inputs):
+        """Convolves, adds the bias, records, and applies the activation."""
+        outputs = self.convolution_op(inputs, self.kernel)
+        if self.use_bias:
+            channels_last = self.data_format == "channels_last"
+            shape = (1, 1, 1, self.filters) if channels_last else (1, self.filters, 1, 1)
+            outputs = ops.add(outputs, ops.reshape(self.bias, shape))
+        outputs = self._observe(inputs, outputs)
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+@keras.saving.register_keras_serializable(package="keras_kfc")
+class Dense(KroneckerLayer, keras.layers.Dense):
+    """`keras.layers.Dense`, which `keras_kfc.KFC` preconditions.
+
+    Takes the arguments of `keras.layers.Dense` and has its configuration,
+    weights and outputs, on inputs of any rank.
+
+    Example:
+
+    >>> layer = keras_kfc.layers.Dense(4, activation="tanh")
+    >>> layer(np.ones((2, 3), "float32")).shape
+    TensorShape([2, 4])
+    """
+
+    @property
+    def kronecker_geometry(self) -> DenseGeometry:
+        """The layer's `DenseGeometry`."""
+        return DenseGeometry(*self._kernel.shape)
+
+    def call(self, inputs, training=None):
+        """Multiplies, adds the bias, records, and applies the activation."""
+        outputs = ops.matmul(inputs, self.kernel)
+        if self.bias is not None:
+            outputs = ops.add(outputs, self.bias)
+        outputs = self._observe(inputs, outputs)
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+def mark_kernel(layer: Any) -> None:
+    """Lets a built layer's kernel variable refer to the layer."""
+    layer.kronecker_kernel.kronecker_layer = weakref.ref(layer)
+
+
+def unmark_kernel(layer: Any) -> None:
+    """Undoes `mark_kernel`."""
+    del layer.kronecker_kernel.kronecker_layer
+
+
+def layer_of(variable: Any) -> Any:
+    """The instrumented layer that a variable is the kernel of, or None."""
+    reference = getattr(variable, "kronecker_layer", None)
+    return None if reference is None else reference()

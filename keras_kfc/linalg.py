@@ -1,0 +1,153 @@
+"""Damped inverses of Kronecker factors.
+
+Shape convention: a factor is a stack of G symmetric positive semi-definite
+matrices, `(G, n, n)`; a *block* is a pair (omega, gamma) that stands for
+`omega ⊗ gamma`, as `keras_kfc.factors` defines it. Everything here is a pure
+function of tensors and returns numbers for every finite input: no matrix,
+singular or zero, raises.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+
+def mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
+    """Mean eigenvalue `tr(A) / n` of each matrix of a factor `(G, n, n)`: shape `(G,)`."""
+    return tf.linalg.trace(factor) / tf.cast(tf.shape(factor)[-1], factor.dtype)
+
+
+def block_damping(
+    omega: tf.Tensor, gamma: tf.Tensor, damping: tf.Tensor, network_mean: tf.Tensor | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Splits damping between the two factors of a block (factored Tikhonov).
+
+    With `λ` added to the eigenvalues of `omega ⊗ gamma`, the factors get
+    `π √λ` and `√λ / π`, where `π² = (tr omega / n) / (tr gamma / m)`:
+    Martens & Grosse (2015), section 6.3.
+
+    Args:
+        omega: `(G, n, n)`.
+        gamma: `(G, m, m)`.
+        damping: Scalar, at least 0. The paper's absolute `λ`, if
+            `network_mean` is None; otherwise a multiple of the block's own
+            mean eigenvalue `(tr omega / n)(tr gamma / m)`, so that scaling
+            either factor scales its damping with it.
+        network_mean: Mean eigenvalue of the whole network's Fisher matrix, a
+            scalar. It stands in for a block whose own mean eigenvalue is zero
+            (a dead layer) when damping is relative.
+
+    Returns:
+        `(omega_shift, gamma_shift)`, each `(G,)`: what to add to the diagonals.
+        Where a trace is zero and damping is absolute, `π = 1`.
+    """
+    damping = tf.cast(damping, omega.dtype)
+    omega_mean, gamma_mean = mean_eigenvalue(omega), mean_eigenvalue(gamma)
+    if network_mean is None:
+        alive = (omega_mean > 0) & (gamma_mean > 0)
+        ratio = tf.where(alive, omega_mean, 1.0) / tf.where(alive, gamma_mean, 1.0)
+        pi = tf.sqrt(ratio)
+        return pi * tf.sqrt(damping), tf.sqrt(damping) / pi
+    network_mean = tf.cast(network_mean, omega.dtype)
+    omega_mean = tf.where(
+        omega_mean > 0,
+        omega_mean,
+        tf.where(gamma_mean > 0, tf.math.divide_no_nan(network_mean, gamma_mean), 1.0),
+    )
+    gamma_mean = tf.where(gamma_mean > 0, gamma_mean, network_mean / omega_mean)
+    return tf.sqrt(damping) * omega_mean, tf.sqrt(damping) * gamma_mean
+
+
+def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+    """Inverts `A + shift I` for a stack of symmetric positive semi-definite `A`.
+
+    The shift is raised to `10 ε tr(A)`, ε being the resolution of the dtype,
+    where it is below: less cannot be told from rounding errors in `A`. A
+    matrix that holds a NaN or an infinity yields NaN, and so does a zero
+    matrix with zero shift. LU decomposition is used where a Cholesky
+    decomposition would do, because TensorFlow's CPU kernel for the latter
+    raises when rounding makes a pivot negative, which would end a training run.
+
+    Args:
+        matrix: `(G, n, n)`.
+        shift: `(G,)`, not negative.
+
+    Returns:
+        The symmetric inverses, `(G, n, n)`.
+    """
+    dtype = matrix.dtype
+    trace = tf.linalg.trace(matrix)
+    shift = tf.maximum(tf.cast(shift, dtype), 10 * dtype.as_numpy_dtype(_resolution(dtype)) * trace)
+    # Work on a matrix of unit mean diagonal, so that no scale over- or underflows.
+    scale = (trace / tf.cast(tf.shape(matrix)[-1], dtype)) + shift
+    usable = tf.math.is_finite(scale) & (scale > 0)
+    usable &= tf.reduce_all(tf.math.is_finite(matrix), axis=(-2, -1))
+    identity = tf.eye(tf.shape(matrix)[-1], dtype=dtype)
+    safe_scale = tf.where(usable, scale, 1.0)
+    damped = (matrix + shift[:, None, None] * identity) / safe_scale[:, None, None]
+    damped = tf.where(usable[:, None, None], damped, identity)
+    inverse = tf.linalg.inv(damped) / safe_scale[:, None, None]
+    inverse = 0.5 * (inverse + tf.linalg.matrix_transpose(inverse))
+    return tf.where(usable[:, None, None], inverse, dtype.as_numpy_dtype("nan"))
+
+
+def invert_blocks(
+    omegas: Sequence[tf.Tensor],
+    gammas: Sequence[tf.Tensor],
+    damping: tf.Tensor,
+    relative: bool,
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Damped inverses of both factors of all blocks of a network.
+
+    Compiled by XLA where a GPU is present; on a CPU TensorFlow's own kernels
+    compute the same several times faster, and XLA takes over where the caller
+    is being compiled by it.
+
+    Args:
+        omegas: Input factors, each `(G, n, n)`.
+        gammas: Output factors, each `(G, m, m)`.
+        damping: Scalar; see `block_damping`.
+        relative: Whether damping is relative to the curvature.
+
+    Returns:
+        Inverses of the damped omegas and gammas, in the given order. Those that
+        could not be computed hold NaN.
+    """
+    compiled = bool(tf.config.list_logical_devices("GPU"))
+    function = _invert_blocks_xla if compiled else _invert_blocks
+    return function(list(omegas), list(gammas), damping, relative)
+
+
+def _invert_all(omegas, gammas, damping, relative):
+    network_mean = _network_mean_eigenvalue(omegas, gammas) if relative else None
+    omega_inverses, gamma_inverses = [], []
+    for omega, gamma in zip(omegas, gammas, strict=True):
+        omega_shift, gamma_shift = block_damping(omega, gamma, damping, network_mean)
+        omega_inverses.append(damped_inverse(omega, omega_shift))
+        gamma_inverses.append(damped_inverse(gamma, gamma_shift))
+    return omega_inverses, gamma_inverses
+
+
+_invert_blocks = tf.function(_invert_all, autograph=False)
+_invert_blocks_xla = tf.function(_invert_all, autograph=False, jit_compile=True)
+
+
+def _network_mean_eigenvalue(omegas, gammas):
+    """Trace of the block-diagonal Fisher matrix over the number of parameters, a scalar."""
+    trace = tf.add_n(
+        [
+            tf.reduce_sum(
+                tf.cast(tf.linalg.trace(omega) * tf.linalg.trace(gamma), tf.float32)
+            )
+            for omega, gamma in zip(omegas, gammas, strict=True)
+        ]
+    )
+    parameters = sum(
+        omega.shape[0] * omega.shape[1] * gamma.shape[1]
+        for omega, gamma in zip(omegas, gammas, strict=True)
+    )
+    return trace / parameters
+
+
+def _resolution(dtype: tf.DType) -> float:
+    return 2.0**-52 if dtype == tf.float64 else 2.0**-23

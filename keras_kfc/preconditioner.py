@@ -1,0 +1,179 @@
+"""All Kronecker blocks of one optimizer, as one block-diagonal preconditioner."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kfc.blocks import KroneckerBlock
+from keras_kfc.capture import Capture
+from keras_kfc.layers import layer_of
+from keras_kfc.linalg import invert_blocks
+from keras_kfc.statistics import batch_omegas
+
+
+class Preconditioner:
+    """The approximate Fisher matrix of a network, one block for each layer.
+
+    Args:
+        variables: The optimizer's trainable variables. Each that is the kernel
+            of an instrumented layer starts a block, with the layer's bias in it
+            if that is among the variables.
+        index_of: Function from a variable to its index, or None if unknown.
+        add_variable: The optimizer's `add_variable`.
+
+    Attributes:
+        blocks: The blocks, in the order of their kernels.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[keras.Variable],
+        index_of: Callable[[Any], int | None],
+        add_variable: Callable[..., keras.Variable],
+    ):
+        self.blocks: list[KroneckerBlock] = []
+        self._block_of_kernel: dict[int, KroneckerBlock] = {}
+        self._captured: set[str] = set()
+        for index, variable in enumerate(variables):
+            layer = layer_of(variable)
+            if layer is None:
+                continue
+            block = KroneckerBlock(
+                layer.path,
+                layer.kronecker_geometry,
+                kernel=index,
+                bias=None if layer.bias is None else index_of(layer.bias),
+                dtype="float64" if variable.dtype == "float64" else "float32",
+                add_variable=add_variable,
+            )
+            self.blocks.append(block)
+            self._block_of_kernel[id(variable)] = block
+
+    @property
+    def covered(self) -> set[int]:
+        """Indices of the variables that belong to a block."""
+        indices = {block.kernel for block in self.blocks}
+        return indices | {block.bias for block in self.blocks if block.bias is not None}
+
+    def blocks_in(self, capture: Capture) -> dict[int, KroneckerBlock]:
+        """The blocks of the layers in a capture, by record key."""
+        found = {
+            key: self._block_of_kernel[key]
+            for key in capture.records
+            if key in self._block_of_kernel
+        }
+        self._captured |= {block.path for block in found.values()}
+        return found
+
+    def missing_factors(self, blocks: Mapping[int, KroneckerBlock]) -> tf.Tensor:
+        """Whether any of the given blocks has no factors yet, a boolean scalar."""
+        return tf.reduce_any([tf.equal(block.weight, 0) for block in blocks.values()])
+
+    def accumulate(
+        self,
+        capture: Capture,
+        batch_size: tf.Tensor,
+        gammas: Callable[[Mapping[int, KroneckerBlock]], Mapping[int, tf.Tensor]],
+        decay: float,
+    ) -> tf.Tensor:
+        """Moves all factors towards those of one batch.
+
+        Args:
+            capture: The captured forward pass.
+            batch_size: Number of examples in it.
+            gammas: Function from the wanted record keys to the batch's output
+                factors; a record that it leaves out is not updated.
+            decay: Decay of the moving averages.
+
+        Returns:
+            Number of blocks that refused their factors as not finite.
+        """
+        blocks = self.blocks_in(capture)
+        new_gammas = gammas(blocks)
+        blocks = {key: blocks[key] for key in new_gammas}
+        omegas = batch_omegas(
+            capture, batch_size, {key: block.bias is not None for key, block in blocks.items()}
+        )
+        refused = [
+            blocks[key].accumulate(omegas[key], new_gammas[key], decay) for key in blocks
+        ]
+        return tf.reduce_sum(tf.cast(refused, tf.int32))
+
+    def missing_inverses(self) -> tf.Tensor:
+        """Whether any block has factors but no inverses yet, a boolean scalar."""
+        return tf.reduce_any(
+            [(block.weight > 0) & tf.equal(block.inverted, 0) for block in self.blocks]
+        )
+
+    def refresh_inverses(self, damping: tf.Tensor, relative: bool) -> tf.Tensor:
+        """Inverts all factors anew.
+
+        Args:
+            damping: Damping, a scalar; see `keras_kfc.linalg.block_damping`.
+            relative: Whether damping is relative to the curvature.
+
+        Returns:
+            Number of blocks that kept their old inverses because the new ones
+            were not finite.
+        """
+        omega_inverses, gamma_inverses = invert_blocks(
+            [tf.convert_to_tensor(block.omega) for block in self.blocks],
+            [tf.convert_to_tensor(block.gamma) for block in self.blocks],
+            damping,
+            relative,
+        )
+        refused = [
+            block.store_inverses(omega_inverse, gamma_inverse)
+            for block, omega_inverse, gamma_inverse in zip(
+                self.blocks, omega_inverses, gamma_inverses, strict=True
+            )
+        ]
+        return tf.reduce_sum(tf.cast(refused, tf.int32))
+
+    def directions(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
+        """Preconditions gradients.
+
+        Args:
+            gradients: Gradients by index of their variable.
+
+        Returns:
+            `omega⁻¹ D gamma⁻¹` for every covered variable with a gradient, by
+            index, in the shape of the variable and the dtype of the block.
+
+        Raises:
+            ValueError: If a layer has a gradient but its statistics were never seen.
+        """
+        directions: dict[int, tf.Tensor] = {}
+        for block in self.blocks:
+            present = [i for i in (block.kernel, block.bias) if i in gradients]
+            if not present:
+                continue
+            if block.path not in self._captured:
+                raise ValueError(
+                    f"KFC received a gradient for layer {block.path}, but never saw its inputs "
+                    "and derivatives. Train the model with `fit` or `train_on_batch`, let the "
+                    "train step call `model.compute_loss`, or, in a custom training loop, run "
+                    "the forward pass inside `keras_kfc.Capture()` and call "
+                    "`optimizer.update_factors` before `optimizer.apply_gradients`."
+                )
+            kernel, bias = self._block_gradients(block, gradients)
+            joint = block.precondition(block.geometry.to_joint(kernel, bias))
+            kernel, bias = block.geometry.from_joint(joint)
+            for index, direction in ((block.kernel, kernel), (block.bias, bias)):
+                if index in present:
+                    directions[index] = direction
+        return directions
+
+    def _block_gradients(self, block, gradients):
+        """Kernel and bias gradient of a block, zeros for one that is missing."""
+        dtype = block.omega.dtype
+        kernel, bias = gradients.get(block.kernel), gradients.get(block.bias)
+        if kernel is None:
+            shape = tf.zeros((block.geometry.kernel_rows * block.geometry.outputs,), dtype)
+            rows = tf.reshape(shape, (block.geometry.kernel_rows, block.geometry.outputs))
+            kernel = block.geometry.from_joint(block.geometry.to_joint(rows, None))[0]
+        if bias is None and block.bias is not None:
+            bias = tf.zeros((block.geometry.outputs,), dtype)
+        return tf.cast(kernel, dtype), None if bias is None else tf.cast(bias, dtype)
