@@ -1,0 +1,122 @@
+"""Image data sets for the examples: loaded, checked, standardised."""
+
+import dataclasses
+import gzip
+import pathlib
+import struct
+
+import numpy as np
+
+FASHION_FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+
+
+class DataError(Exception):
+    """A data file is missing or broken; the message says which and what to do."""
+
+
+@dataclasses.dataclass
+class ImageData:
+    """Images and labels, split into training and test set.
+
+    Attributes:
+        train_images: `(N, H, W, 1)` float32, standardised with the training set's moments.
+        train_labels: `(N,)` int64.
+        test_images: As `train_images`.
+        test_labels: As `train_labels`.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load_digits() -> ImageData:
+    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships.
+
+    Every fifth digit is held out.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    images, labels = sklearn_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8)
+    held_out = np.arange(len(images)) % 5 == 4
+    return _standardise(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+
+
+def load_fashion_mnist(data_dir: str | None = None) -> ImageData:
+    """Fashion-MNIST: 60,000 training and 10,000 test images of 28x28 pixels.
+
+    Args:
+        data_dir: Folder that holds the four IDX `.gz` files, or None to let
+            `keras.datasets` download them.
+
+    Raises:
+        DataError: If a file is missing or broken, or the download fails.
+    """
+    if data_dir is not None:
+        folder = pathlib.Path(data_dir)
+        return _standardise(*(read_idx(folder / name) for name in FASHION_FILES))
+    import keras
+
+    try:
+        (train_images, train_labels), (test_images, test_labels) = (
+            keras.datasets.fashion_mnist.load_data()
+        )
+    except Exception as error:  # whatever a failed download raises
+        raise DataError(
+            "Fashion-MNIST could not be downloaded: connect to the internet, or pass "
+            f"--data-dir with a folder that holds {', '.join(FASHION_FILES)} ({error})."
+        ) from error
+    return _standardise(train_images, train_labels, test_images, test_labels)
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+    """Reads one gzipped IDX file of unsigned bytes.
+
+    Args:
+        path: The file.
+
+    Returns:
+        An array of uint8.
+
+    Raises:
+        DataError: If the file is missing, damaged, or of another format.
+    """
+    advice = "get a fresh copy, for example from Debian's package dataset-fashion-mnist"
+    if not path.is_file():
+        raise DataError(f"The file {path} is missing: {advice}, or mend --data-dir.")
+    try:
+        with gzip.open(path) as stream:
+            content = stream.read()
+    except (OSError, EOFError) as error:
+        raise DataError(f"The file {path} is damaged ({error}): {advice}.") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise DataError(f"The file {path} is not an IDX file of bytes: {advice}.")
+    rank = content[3]
+    header = 4 + 4 * rank
+    if len(content) < header:
+        raise DataError(f"The file {path} is cut short: {advice}.")
+    shape = struct.unpack(f">{rank}I", content[4:header])
+    if len(content) - header != int(np.prod(shape)):
+        raise DataError(
+            f"The file {path} should hold {int(np.prod(shape)):,} bytes of data but holds "
+            f"{len(content) - header:,}: {advice}."
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _standardise(train_images, train_labels, test_images, test_labels) -> ImageData:
+    train = train_images.astype("float32")
+    mean, deviation = train.mean(), train.std()
+    return ImageData(
+        ((train - mean) / deviation)[..., None],
+        train_labels.astype("int64"),
+        ((test_images.astype("float32") - mean) / deviation)[..., None],
+        test_labels.astype("int64"),
+    )
