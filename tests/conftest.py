@@ -93,7 +93,7 @@ def explicit_ggn(model, inputs, variables, loss_of_outputs, outputs_of=None):
     Returns:
         (parameters, parameters), float64.
     """
-    with tf.GradientTape() as tape:
+    with tf.GradientTape(persistent=True) as tape:
         outputs = model(inputs)
         outputs = outputs if outputs_of is None else outputs_of(outputs)
         flat = tf.reshape(outputs, [-1])
@@ -102,7 +102,7 @@ def explicit_ggn(model, inputs, variables, loss_of_outputs, outputs_of=None):
         [np.asarray(part, "float64").reshape(flat.shape[0], -1) for part in jacobians], axis=1
     )
     point = tf.constant(outputs.numpy())
-    with tf.GradientTape() as outer:
+    with tf.GradientTape(persistent=True) as outer:
         outer.watch(point)
         with tf.GradientTape() as inner:
             inner.watch(point)
