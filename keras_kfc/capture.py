@@ -15,7 +15,6 @@ as interleaved threads.
 """
 
 import dataclasses
-import functools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -50,17 +49,17 @@ class LayerRecord:
 
 @dataclasses.dataclass
 class LossEvaluation:
-    """What a model's loss was computed from.
+    """One call of a compiled loss.
 
     Args:
-        model: The compiled model.
+        compiled: Keras's `CompileLoss`.
         y_true: Targets.
         y_pred: Outputs.
         sample_weight: Sample weights or None.
-        value: The loss without regularisation and added losses, a scalar.
+        value: The loss, without regularisation and added losses, a scalar.
     """
 
-    model: Any
+    compiled: Any
     y_true: Any
     y_pred: Any
     sample_weight: Any
@@ -133,17 +132,23 @@ class Capture:
                 differentiated from outside.
         """
         if _current_graph() is not self._graph:
-            raise ValueError(
-                f"Layer {layer.path} runs inside a loop, a tf.function or a recomputed "
-                "block, where its statistics cannot be recorded. Use "
-                f"keras.layers.{type(layer).__name__} there, or "
-                f'keras_kfc.instrument(model, exclude=["{layer.path}"]), so that the fallback '
-                "rule trains it."
-            )
+            raise _out_of_reach([layer.path])
         self._tape.watch(pre_activation)
         record_ = self._record_of(layer)
         record_.inputs.append(inputs)
         record_.pre_activations.append(pre_activation)
+
+    def check_reachable(self) -> None:
+        """Makes sure that what was recorded can be used in the graph being built now.
+
+        Raises:
+            ValueError: If it was recorded inside another graph.
+        """
+        graph = _current_graph()
+        while graph is not None and graph is not self._graph:
+            graph = getattr(graph, "outer_graph", None)
+        if graph is not self._graph:
+            raise _out_of_reach(self.paths)
 
     def record_derivative(self, layer: Any, derivative: tf.Tensor) -> None:
         """Takes what the ordinary backward pass sends to a pre-activation."""
@@ -237,53 +242,38 @@ def kronecker_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def report_loss(model: Any, y_true: Any, y_pred: Any, sample_weight: Any, loss: Any) -> None:
-    """Closes the capture of a model's training pass and tells it about the loss.
-
-    Args:
-        model: The compiled model.
-        y_true: Targets.
-        y_pred: Outputs.
-        sample_weight: Sample weights or None.
-        loss: The total loss, a scalar.
-    """
-    optimizer = kronecker_optimizer(model.optimizer)
-    pending = None if optimizer is None else _state.pending.get(optimizer)
-    if pending is None or not pending.capture.is_open:
-        return
-    pending.capture.close()
-    extra = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in model.losses]
-    data_loss = loss - tf.add_n(extra) if extra else loss
-    pending.capture.loss = LossEvaluation(model, y_true, y_pred, sample_weight, data_loss)
-
-
 def watch_loss(model: Any) -> None:
-    """Makes a model's `compute_loss` call `report_loss`.
+    """Makes a model's compiled loss tell the open capture what it was called with.
 
-    `compute_loss` is Keras's own extension point, which every train step calls
-    after the forward pass. The wrapper stands on the instance: the class of
-    the model, and with it what is saved, stays as it is.
+    The wrapper stands on the instance of `CompileLoss`, which belongs to one
+    `compile` and is never saved: the model and its class stay as they are, and
+    every train step that uses the compiled loss is served.
 
     Args:
         model: A compiled `keras.Model`.
     """
-    original = model.compute_loss
-    if getattr(original, "reports_loss", False):
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None or "call" in vars(compiled):
         return
+    original = compiled.call
 
-    @functools.wraps(original)
-    def compute_loss(x=None, y=None, y_pred=None, sample_weight=None, *args, **kwargs):
-        loss = original(x, y, y_pred, sample_weight, *args, **kwargs)
-        report_loss(model, y, y_pred, sample_weight, loss)
-        return loss
+    def call(y_true, y_pred, sample_weight=None):
+        value = original(y_true, y_pred, sample_weight)
+        optimizer = kronecker_optimizer(model.optimizer)
+        pending = None if optimizer is None else _state.pending.get(optimizer)
+        if pending is not None and pending.capture.is_open:
+            pending.capture.close()
+            pending.capture.loss = LossEvaluation(compiled, y_true, y_pred, sample_weight, value)
+        return value
 
-    compute_loss.reports_loss = True
-    model.compute_loss = compute_loss
+    compiled.call = call
 
 
 def unwatch_loss(model: Any) -> None:
     """Undoes `watch_loss`."""
-    model.__dict__.pop("compute_loss", None)
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is not None:
+        vars(compiled).pop("call", None)
 
 
 @dataclasses.dataclass
@@ -299,6 +289,14 @@ class _State(threading.local):
 
 
 _state = _State()
+
+
+def _out_of_reach(paths: list[str]) -> ValueError:
+    return ValueError(
+        f"Layer {', '.join(paths)} runs inside a loop, a tf.function or a recomputed block, where "
+        "its statistics cannot be recorded. Let the fallback rule train it: use Keras's own layer "
+        f"there, or `keras_kfc.instrument(model, exclude={paths})`."
+    )
 
 
 def _current_graph() -> Any:

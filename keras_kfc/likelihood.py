@@ -183,7 +183,7 @@ class OutputDistribution:
         """
         if self._family == "gaussian":
             noise = tf.random.stateless_normal(
-                tf.shape(self._outputs), seed, self._outputs.dtype, alg="philox"
+                tf.shape(self._outputs), seed, dtype=self._outputs.dtype, alg="philox"
             )
             return self._finish(2.0**0.5 * noise)
         probabilities = self._probabilities()

@@ -1,32 +1,26 @@
-"""Keras's model classes, whose training passes feed the optimizer's factors.
+"""Keras's model classes under this package's name, for models built from scratch.
 
-A plain `keras.Model` with instrumented layers trains just the same: the first
-training pass wraps its `compute_loss`. These classes override that method
-instead, for models built from scratch.
+A plain `keras.Model` with instrumented layers trains just the same: its first
+training pass does what these classes do when they are compiled.
 """
 
 import keras
 from keras.src.models.functional import Functional as KerasFunctional
 
-from keras_kfc.capture import report_loss
+from keras_kfc.capture import watch_loss
 
 
-class _ReportsLoss:
-    """Tells the capture of the current training pass what the loss was computed from."""
+class _WatchesLoss:
+    """Lets the compiled loss feed the factors of the optimizer."""
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Computes the loss as Keras does, and reports it."""
-        loss = super().compute_loss(  # type: ignore[misc]
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
-        )
-        report_loss(self, y, y_pred, sample_weight, loss)
-        return loss
-
-    compute_loss.reports_loss = True  # type: ignore[attr-defined]
+    def compile(self, *args, **kwargs):
+        """Compiles as Keras does."""
+        super().compile(*args, **kwargs)  # type: ignore[misc]
+        watch_loss(self)
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")
-class Sequential(_ReportsLoss, keras.Sequential):
+class Sequential(_WatchesLoss, keras.Sequential):
     """`keras.Sequential`, ready for `keras_kfc.KFC`.
 
     Example:
@@ -38,7 +32,7 @@ class Sequential(_ReportsLoss, keras.Sequential):
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")
-class Model(_ReportsLoss, keras.Model):
+class Model(_WatchesLoss, keras.Model):
     """`keras.Model`, ready for `keras_kfc.KFC`.
 
     Subclass it, or pass inputs and outputs to get a `keras_kfc.Functional`.

@@ -23,7 +23,7 @@ from keras_kfc.arguments import (
 from keras_kfc.blocks import all_finite
 from keras_kfc.capture import Capture, kronecker_optimizer, take_pending
 from keras_kfc.fallback import adam_step
-from keras_kfc.likelihood import FISHERS, output_derivatives, unknown_loss
+from keras_kfc.likelihood import FISHERS, output_derivatives
 from keras_kfc.preconditioner import Preconditioner
 from keras_kfc.statistics import (
     batch_gammas,
@@ -47,11 +47,11 @@ class KFC(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=0.02,
-        damping=1.0,
+        learning_rate=0.05,
+        damping=0.3,
         momentum=0.9,
         nesterov=True,
-        kl_clip=1e-3,
+        kl_clip=3e-4,
         fisher="sampled",
         factor_decay=0.95,
         factor_update_period=10,
@@ -221,14 +221,19 @@ class KFC(keras.optimizers.Optimizer):
         blocks = preconditioner.blocks_in(capture)
         if not blocks:
             return
+        capture.check_reachable()
 
         def update():
             refused = preconditioner.accumulate(capture, batch_size, gammas, self.factor_decay)
             self.skipped_factor_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 
-        due = tf.equal(self.iterations % self.factor_update_period, 0)
+        due = self._due(self.factor_update_period)
         tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
+
+    def _due(self, period):
+        """Whether something with this period is due now, a boolean scalar."""
+        return tf.equal(self.iterations % period, 0)
 
     def _observe_loss(self, value):
         value = tf.abs(tf.cast(value, tf.float32))
@@ -256,23 +261,18 @@ class KFC(keras.optimizers.Optimizer):
 
     def _use_pending(self, capture):
         loss = capture.loss
-        compiled = None if loss is None else loss.model._compile_loss
-        if compiled is not None:
+        if loss is not None:
             self._update_factors(
-                capture, compiled, loss.y_true, loss.y_pred, loss.sample_weight, loss.value
+                capture, loss.compiled, loss.y_true, loss.y_pred, loss.sample_weight, loss.value
             )
             return
-        if loss is not None:
-            # The model computes its loss in a way of its own.
-            self._observe_loss(loss.value)
-            if self.fisher != "empirical":
-                raise unknown_loss(f"{type(loss.model).__name__}.compute_loss")
-        elif self.fisher != "empirical" and not self._noticed:
+        if self.fisher != "empirical" and not self._noticed:
             self._noticed = True
             _logger.warning(
-                "KFC uses the empirical Fisher matrix, because the train step of %s does not "
-                "call `compute_loss`, so the loss behind the gradients is not known. On "
-                'regression this can diverge where fisher="sampled" does not.',
+                "KFC uses the empirical Fisher matrix, because %s is trained without its "
+                "compiled loss, so that the model's own distribution is not known. On "
+                'regression this can diverge where fisher="sampled" does not. Let the train '
+                "step call `compute_loss`, or use `keras_kfc.Capture` in it.",
                 type(capture.model).__name__,
             )
         records = [r for r in capture.records.values() if r.ordinary_derivatives]
@@ -342,7 +342,7 @@ class KFC(keras.optimizers.Optimizer):
             self.skipped_inverse_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 
-        due = tf.equal(self.iterations % self.inverse_update_period, 0)
+        due = self._due(self.inverse_update_period)
         tf.cond(due | preconditioner.missing_inverses(), refresh, lambda: False)
 
     def _trust(self, quadratic):

@@ -1,0 +1,306 @@
+"""Nothing that a batch or a model holds may end a run or spoil the optimizer's state."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import naive_gamma, relative_error
+from nets import conv_net, conv_stack, flat_weights, image_batch
+
+import keras_kfc
+
+
+def compiled(model=None, loss="sparse_categorical_crossentropy", **options):
+    """A compiled small net whose factors and inverses are due at every step."""
+    model = conv_net(batch_norm=False) if model is None else model
+    periods = {"factor_update_period": 1, "inverse_update_period": 1, "seed": 3}
+    model.compile(optimizer=keras_kfc.KFC(**{**periods, **options}), loss=loss)
+    return model
+
+
+def state_of(optimizer):
+    """Factors, inverses and momenta."""
+    variables = [v for v in optimizer.variables if v.shape and "float" in v.dtype]
+    return [v.numpy() for v in variables]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("first", [True, False])
+def test_broken_inputs_leave_no_trace(value, first):
+    model = compiled()
+    images, labels = image_batch()
+    if not first:
+        model.train_on_batch(images, labels)
+    else:
+        model.optimizer.build(model.trainable_variables)
+    weights, state = flat_weights(model), state_of(model.optimizer)
+    broken = images.copy()
+    broken[3, 2, 2, 0] = value
+    model.train_on_batch(broken, labels)
+    if np.isfinite(value):
+        assert np.isfinite(flat_weights(model)).all()
+        assert all(np.isfinite(part).all() for part in state_of(model.optimizer))
+    else:
+        np.testing.assert_array_equal(flat_weights(model), weights)
+        for old, new in zip(state, state_of(model.optimizer), strict=True):
+            np.testing.assert_array_equal(old, new)
+        assert int(model.optimizer.skipped_steps) == 1
+        assert int(model.optimizer.skipped_factor_updates) == 2
+    for _ in range(3):
+        model.train_on_batch(images, labels)
+    assert relative_error(flat_weights(model), weights) > 1e-3
+    assert np.isfinite(flat_weights(model)).all()
+
+
+def test_broken_targets_skip_the_step_but_not_the_factors():
+    """Sampled factors do not depend on the targets."""
+    model = compiled(
+        keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), loss="mse"
+    )
+    x = np.random.default_rng(0).normal(size=(8, 3))
+    model.train_on_batch(x, x[:, :2])
+    weights = flat_weights(model)
+    model.train_on_batch(x, np.full((8, 2), np.nan))
+    np.testing.assert_array_equal(flat_weights(model), weights)
+    assert int(model.optimizer.skipped_steps) == 1
+    assert int(model.optimizer.skipped_factor_updates) == 0
+    model.train_on_batch(x, x[:, :2])
+    assert np.isfinite(flat_weights(model)).all()
+
+
+def test_dead_layers_stay_finite_and_revive():
+    stack = conv_stack(batch_norm=False)
+    model = compiled(keras_kfc.Sequential(stack))
+    images, labels = image_batch()
+    stack[-1].set_weights([np.zeros_like(w) for w in stack[-1].get_weights()])
+    convolution = stack[1].get_weights()[0]
+    # A zero output layer sends zeros back: the convolution's gamma is zero at first.
+    model.train_on_batch(images, labels)
+    assert not model.optimizer.blocks[0].gamma.numpy().any()
+    np.testing.assert_array_equal(stack[1].get_weights()[0], convolution)
+    for _ in range(30):
+        model.train_on_batch(images, labels)
+    assert relative_error(stack[1].get_weights()[0], convolution) > 0.01
+    assert model.evaluate(images, labels, verbose=0) < 0.3
+
+
+def test_a_network_of_zeros_trains_without_an_event_it_cannot_survive():
+    model = compiled()
+    images, labels = np.zeros((8, 8, 8, 2)), np.zeros(8, int)
+    for layer in model.layers:
+        layer.set_weights([np.zeros_like(w) for w in layer.get_weights()])
+    for _ in range(3):
+        model.train_on_batch(images, labels)
+    assert np.isfinite(flat_weights(model)).all()
+
+
+def test_batches_of_any_size():
+    model = compiled()
+    images, labels = image_batch(21)
+    model.fit(images, labels, batch_size=16, epochs=2, verbose=0)
+    model.fit(images[:1], labels[:1], epochs=2, verbose=0)
+    assert np.isfinite(flat_weights(model)).all()
+    assert int(model.optimizer.skipped_steps) == 0
+
+
+def test_last_smaller_batch_has_the_factors_of_its_own_size():
+    model = compiled(fisher="exact", factor_decay=0.0, learning_rate=1e-9)
+    images, labels = image_batch(21)
+    model.fit(images, labels, batch_size=16, shuffle=False, verbose=0)
+    last = keras_kfc.kronecker_factors(model, images[16:], fisher="exact")
+    for block, expected in zip(model.optimizer.blocks, last.values(), strict=True):
+        assert relative_error(block.omega[0], expected.omega) < 1e-4
+        assert relative_error(block.gamma[0], expected.gamma) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_inputs_of_extreme_scale(scale):
+    model = compiled(
+        keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), loss="mse"
+    )
+    x = np.random.default_rng(0).normal(size=(16, 3))
+    first = model.train_on_batch(x * scale, x[:, :2])
+    for _ in range(60):
+        last = model.train_on_batch(x * scale, x[:, :2])
+    assert np.isfinite(flat_weights(model)).all()
+    assert last < first
+
+
+def test_shared_layer_trains_with_both_uses():
+    keras.utils.set_random_seed(1)
+    shared = keras_kfc.layers.Dense(2, use_bias=False)
+    left, right = keras.Input((3,)), keras.Input((3,))
+    model = compiled(keras.Model([left, right], shared(left) - 2 * shared(right)), "mse", fisher="exact")
+    x = [np.random.default_rng(i).normal(size=(16, 3)) for i in range(2)]
+    model.train_on_batch(x, np.ones((16, 2)))
+    (block,) = model.optimizer.blocks
+    assert relative_error(block.omega[0], sum(part.T @ part for part in x) / 16) < 1e-5
+    assert relative_error(block.gamma[0], np.eye(2) * 5 / 2) < 1e-5
+
+
+class Tied(keras_kfc.layers.Dense):
+    """Uses the kernel of another layer."""
+
+    def __init__(self, source):
+        super().__init__(source.units, use_bias=False)
+        self.source = source
+
+    def build(self, input_shape):
+        """Takes over the other layer's kernel."""
+        self._kernel, self.bias = self.source._kernel, None
+        self.built = True
+
+
+def test_layers_with_one_kernel_variable_share_a_block():
+    first = keras_kfc.layers.Dense(3, use_bias=False)
+    model = compiled(keras.Sequential([keras.Input((3,)), first, Tied(first)]), "mse", fisher="exact")
+    first.set_weights([2 * np.eye(3)])
+    x = np.random.default_rng(0).normal(size=(16, 3))
+    model.train_on_batch(x, x)
+    (block,) = model.optimizer.blocks
+    # Uses see x and 2 x; their derivatives are 2 R and R with R Rᵀ = 2/3 I.
+    assert relative_error(block.omega[0], 5 * x.T @ x / 16) < 1e-5
+    assert relative_error(block.gamma[0], (4 + 1) * 2 / 3 / 2 * np.eye(3)) < 1e-5
+
+
+def test_frozen_layers_have_no_block_and_keep_their_weights():
+    model = conv_net(batch_norm=False)
+    model.get_layer("conv").trainable = False
+    frozen = model.get_layer("conv").get_weights()
+    compiled(model)
+    model.train_on_batch(*image_batch())
+    assert [block.path.split("/")[-1] for block in model.optimizer.blocks] == ["dense"]
+    for old, new in zip(frozen, model.get_layer("conv").get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    model.get_layer("conv").trainable = True
+    compiled(model)
+    model.train_on_batch(*image_batch())
+    assert len(model.optimizer.blocks) == 2
+    assert relative_error(model.get_layer("conv").get_weights()[0], frozen[0]) > 0
+
+
+def test_frozen_bias_leaves_the_kernel_a_block_of_its_own():
+    model = conv_net(batch_norm=False)
+    model.get_layer("dense").bias.trainable = False
+    compiled(model).train_on_batch(*image_batch())
+    sizes = {b.path.split("/")[-1]: b.omega.shape[-1] for b in model.optimizer.blocks}
+    assert sizes == {"conv": 19, "dense": 64}
+    np.testing.assert_array_equal(model.get_layer("dense").bias.numpy(), 0)
+
+
+class WithSpare(keras.Model):
+    """Has a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = keras_kfc.layers.Dense(2), keras_kfc.layers.Dense(2)
+        self.spare.build((None, 3))
+
+    def call(self, inputs):
+        """Calls one of the two layers."""
+        return self.used(inputs)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_layer_that_is_never_called():
+    model = compiled(WithSpare(), "mse")
+    before = model.spare.get_weights()
+    for _ in range(2):
+        model.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
+    np.testing.assert_array_equal(model.spare.get_weights()[0], before[0])
+    assert np.isfinite(flat_weights(model)).all()
+
+
+def test_second_compile_starts_afresh():
+    model = compiled()
+    model.train_on_batch(*image_batch())
+    compiled(model)
+    assert not model.optimizer.blocks
+    model.train_on_batch(*image_batch())
+    assert len(model.optimizer.blocks) == 2
+    model.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
+    model.train_on_batch(*image_batch())
+    assert np.isfinite(flat_weights(model)).all()
+
+
+def test_two_models_with_optimizers_of_their_own():
+    alone = compiled()
+    for seed in range(3):
+        alone.train_on_batch(*image_batch(seed=seed))
+    model, other = compiled(), compiled(keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), "mse")
+    for seed in range(3):
+        model.train_on_batch(*image_batch(seed=seed))
+        other.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
+    assert relative_error(flat_weights(model), flat_weights(alone)) < 1e-6
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_factors_are_float32_and_right_in_mixed_precision(policy):
+    reference = compiled(fisher="exact")
+    reference.train_on_batch(*image_batch())
+    keras.config.set_dtype_policy(policy)
+    model = compiled(fisher="exact")
+    images, labels = image_batch()
+    # The first steps of loss scaling may overflow; those are skipped as a whole.
+    model.train_on_batch(images, labels)
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    for block, expected in zip(optimizer.blocks, reference.optimizer.blocks, strict=True):
+        assert block.omega.dtype == block.gamma.dtype == "float32"
+        assert relative_error(block.omega, expected.omega) < 0.02
+        assert relative_error(block.gamma, expected.gamma) < 0.02
+
+
+def test_ordinary_backward_pass_is_unscaled_in_mixed_precision():
+    """The fallback to the empirical Fisher knows the loss scale."""
+
+    class OwnLoss(keras.Sequential):
+        def train_step(self, data):
+            x, y, _ = data
+            with tf.GradientTape() as tape:
+                outputs = self(x, training=True)
+                loss = self.optimizer.scale_loss(tf.reduce_mean(tf.square(tf.cast(outputs, "float32") - y)))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    keras.config.set_dtype_policy("mixed_float16")
+    model = compiled(OwnLoss([keras.Input((3,)), keras_kfc.layers.Dense(2)]), "mse")
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float16")
+    y = 0.1 * np.random.default_rng(1).normal(size=(16, 2)).astype("float32")
+    residual = model.predict(x, verbose=0).astype("float64") - y
+    model.train_on_batch(x, y)
+    (block,) = model.optimizer.inner_optimizer.blocks
+    assert relative_error(block.gamma[0], naive_gamma((2 / 2 * residual)[:, None, :])) < 0.02
+
+
+def test_layers_out_of_reach_say_what_to_do():
+    class Looping(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras_kfc.layers.Dense(2, name="inner")
+
+        def call(self, inputs):
+            return tf.function(self.inner)(inputs)
+
+    with pytest.raises(ValueError, match=r"inner runs inside a loop.*exclude"):
+        compiled(Looping(), "mse").train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
+
+
+def test_embedding_and_other_layers_train_by_the_fallback_rule():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            keras.layers.Embedding(7, 4),
+            keras.layers.Conv1D(4, 3, activation="relu"),
+            keras.layers.GlobalAveragePooling1D(),
+            keras_kfc.layers.Dense(1),
+        ]
+    )
+    compiled(model, "mse")
+    tokens = np.random.default_rng(0).integers(0, 7, size=(64, 5))
+    before = [w.copy() for w in model.get_weights()]
+    history = model.fit(tokens, (tokens[:, 2:3] > 3).astype("float32"), epochs=40, verbose=0)
+    assert history.history["loss"][-1] < 0.5 * history.history["loss"][0]
+    for old, new in zip(before, model.get_weights(), strict=True):
+        assert relative_error(new, old) > 0

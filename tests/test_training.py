@@ -1,0 +1,283 @@
+"""`model.fit` with KFC: ways to train that must agree, scale freedom, periods."""
+
+import logging
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import relative_error
+from nets import conv_net, conv_stack, flat_weights, image_batch, train
+
+import keras_kfc
+
+
+def kfc(**kwargs):
+    """An optimizer whose factors and inverses are due often and whose draws repeat."""
+    defaults = {"seed": 3, "factor_update_period": 2, "inverse_update_period": 3}
+    return keras_kfc.KFC(**{**defaults, **kwargs})
+
+
+@pytest.fixture
+def reference():
+    """Weights after training a plain Sequential of capturing layers in graph mode."""
+    return train(conv_net(), kfc())
+
+
+def test_training_learns():
+    model = conv_net()
+    before = flat_weights(model)
+    after = train(model, kfc(), steps=25)
+    images, labels = image_batch()
+    assert relative_error(after, before) > 0.01
+    assert model.evaluate(images, labels, verbose=0) < 0.2
+
+
+@pytest.mark.parametrize("model", [keras.Sequential, keras_kfc.Sequential])
+def test_eager_mode_trains_as_graph_mode_does(reference, model):
+    assert relative_error(train(conv_net(model=model), kfc(), run_eagerly=True), reference) < 1e-4
+
+
+def test_xla_trains_as_graph_mode_does():
+    """With the exact Fisher, because TensorFlow's random numbers differ under XLA."""
+    plain, compiled = (
+        train(conv_net(), kfc(fisher="exact"), jit_compile=jit_compile)
+        for jit_compile in (False, True)
+    )
+    assert relative_error(compiled, plain) < 1e-4
+
+
+def test_models_built_in_any_way_train_alike(reference):
+    instrumented = keras_kfc.instrument(conv_net(keras.layers))
+    assert relative_error(train(instrumented, kfc()), reference) < 1e-6
+    assert relative_error(train(conv_net(model=keras_kfc.Sequential), kfc()), reference) < 1e-6
+    stack = conv_stack()
+    outputs = stack[0]
+    inputs = outputs
+    for layer in stack[1:]:
+        outputs = layer(outputs)
+    functional = keras_kfc.Model(inputs, outputs)
+    assert type(functional) is keras_kfc.Functional
+    assert relative_error(train(functional, kfc()), reference) < 1e-6
+
+
+class Subclassed(keras.Model):
+    """A subclassed model without a `training` argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = conv_stack(batch_norm=False)[1:]
+
+    def call(self, inputs):
+        """Runs the stack."""
+        for layer in self.stack:
+            inputs = layer(inputs)
+        return inputs
+
+
+def test_subclassed_models_without_training_argument():
+    class WithArgument(Subclassed):
+        def call(self, inputs, training=None):
+            return super().call(inputs)
+
+    first, second = Subclassed(), WithArgument()
+    assert relative_error(train(first, kfc()), train(second, kfc())) < 1e-6
+
+
+def test_nested_models_train_as_flat_ones(reference):
+    stack = conv_stack()
+    nested = keras.Sequential([stack[0], keras.Sequential(stack[1:4]), keras.Sequential(stack[4:])])
+    assert relative_error(train(nested, kfc()), reference) < 1e-6
+
+
+def test_custom_train_step_that_calls_compute_loss_gets_the_sampled_fisher(reference, caplog):
+    class Custom(keras.Sequential):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    assert relative_error(train(conv_net(model=Custom), kfc()), reference) < 1e-6
+    assert not caplog.records
+
+
+def test_custom_train_step_with_a_loss_of_its_own_gets_the_empirical_fisher(caplog):
+    class Custom(keras.Sequential):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                outputs = self(x, training=True)
+                loss = tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(y, outputs))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    first, model = conv_net(), conv_net(model=Custom)
+    images, labels = image_batch()
+    with caplog.at_level(logging.WARNING, "keras_kfc"):
+        train(model, kfc(), steps=3)
+    assert len([r for r in caplog.records if "empirical" in r.getMessage()]) == 1
+    train(first, kfc(fisher="empirical"), steps=1)
+    train(model := conv_net(model=Custom), kfc(), steps=1)
+    for block, expected in zip(model.optimizer.blocks, first.optimizer.blocks, strict=True):
+        assert relative_error(block.gamma, expected.gamma) < 1e-4
+
+
+def test_custom_loop_equals_fit(reference):
+    model, optimizer = conv_net(), kfc()
+    loss_fn = keras.losses.SparseCategoricalCrossentropy()
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(images, labels):
+        with tf.GradientTape() as tape, keras_kfc.Capture() as capture:
+            outputs = model(images, training=True)
+            loss = loss_fn(labels, outputs)
+        optimizer.update_factors(capture, loss_fn, labels, outputs)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    images, labels = image_batch()
+    for _ in range(6):
+        step(images, labels)
+    assert relative_error(flat_weights(model), reference) < 1e-5
+
+
+def test_gradients_without_statistics_are_refused_with_advice():
+    model, optimizer = conv_net(), kfc()
+    with pytest.raises(ValueError, match="layer .*conv, but never saw"):
+        optimizer.apply([tf.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    with pytest.raises(ValueError, match="optimizer.build"):
+        kfc().update_factors(keras_kfc.Capture(), "mse", tf.ones((1, 1)), tf.ones((1, 1)))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_a_constant_factor_on_the_loss_changes_nothing(factor):
+    """Includes the fallback rule for the batch norm; float64 leaves nothing to tolerance."""
+    keras.config.set_floatx("float64")
+    data = image_batch(dtype="float64")
+    reference = train(conv_net(), kfc(), steps=12, data=data)
+    scaled = train(conv_net(), kfc(), steps=12, data=data, loss_weights=factor)
+    assert relative_error(scaled, reference) < 1e-5
+    absolute = [
+        train(
+            conv_net(),
+            kfc(scale_free=False, damping=1e-2),
+            steps=12,
+            data=data,
+            loss_weights=weight,
+        )
+        for weight in (1.0, factor)
+    ]
+    assert relative_error(*absolute) > 1e-3  # negative control
+
+
+def test_only_due_steps_change_factors_and_inverses():
+    model, optimizer = conv_net(), keras_kfc.KFC(factor_update_period=2, inverse_update_period=3)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+    changes, previous = [], None
+    for step in range(7):
+        model.train_on_batch(*image_batch(seed=step))
+        block = optimizer.blocks[0]
+        now = block.gamma.numpy(), block.gamma_inverse.numpy()
+        if previous is not None:
+            changes.append(tuple(bool((a != b).any()) for a, b in zip(now, previous, strict=True)))
+        previous = now
+    # Steps 1 ... 6: factors at 2, 4, 6; inverses at 3, 6.
+    factors, inverses = zip(*changes, strict=True)
+    assert factors == (False, True, False, True, False, True)
+    assert inverses == (False, False, True, False, False, True)
+
+
+def test_first_estimate_is_the_first_batch():
+    """No initial value leaks into the moving average, which is bias-corrected."""
+    model, optimizer = conv_net(), kfc(factor_update_period=1, fisher="exact", learning_rate=1e-9)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+    batches = [image_batch(seed=seed) for seed in range(3)]
+    omegas = []
+    for images, labels in batches:
+        model.train_on_batch(images, labels)
+        factors = keras_kfc.kronecker_factors(model, images, labels, fisher="exact")
+        omegas.append(next(iter(factors.values())).omega)
+        weights = 0.95 ** np.arange(len(omegas))[::-1]
+        expected = np.tensordot(weights / weights.sum(), omegas, 1)
+        assert relative_error(optimizer.blocks[0].omega[0], expected) < 1e-5
+
+
+def test_learning_rate_and_damping_are_read_and_set_during_training():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([2], [0.5, 0.25])
+    model, optimizer = conv_net(), kfc(learning_rate=schedule, damping=schedule)
+    train(model, optimizer, steps=2)
+    assert float(optimizer.learning_rate) == float(optimizer.damping) == 0.5
+    train_more = {"epochs": 2, "verbose": 0, "batch_size": 32}
+    model.fit(*image_batch(), **train_more)
+    assert float(optimizer.learning_rate) == float(optimizer.damping) == 0.25
+    with pytest.raises(TypeError, match="`damping` is not settable|damping is not settable"):
+        optimizer.damping = 0.1
+
+    model, optimizer = conv_net(), kfc(kl_clip=None)
+    train(model, optimizer, steps=1)
+    optimizer.learning_rate = 0.0
+    before = model.layers[0].get_weights()
+    optimizer.momentum = 0.0
+    optimizer._momentums[0].assign(tf.zeros_like(optimizer._momentums[0]))
+    optimizer._momentums[1].assign(tf.zeros_like(optimizer._momentums[1]))
+    model.fit(*image_batch(), batch_size=32, verbose=0)
+    for old, new in zip(before, model.layers[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    inverse = optimizer.blocks[0].gamma_inverse.numpy()
+    optimizer.damping = 1e6
+    assert float(optimizer.damping) == 1e6
+    model.fit(*image_batch(), epochs=3, **{"batch_size": 32, "verbose": 0})
+    assert np.abs(optimizer.blocks[0].gamma_inverse.numpy()).max() < 1e-2 * np.abs(inverse).max()
+
+
+def test_trust_region_bounds_the_quadratic_form():
+    """One step from rest: the squared Fisher norm of the update stays at `kl_clip` times the loss."""
+    images, labels = image_batch()
+    for kl_clip in (1e-6, 1e-4):
+        model = conv_net(batch_norm=False)
+        optimizer = kfc(kl_clip=kl_clip, learning_rate=10.0, nesterov=False, damping=1e-3)
+        model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+        loss = model.evaluate(images, labels, verbose=0)
+        before = {layer.name: layer.get_weights() for layer in model.layers}
+        model.train_on_batch(images, labels)
+        total = 0.0
+        for block in optimizer.blocks:
+            name = block.path.split("/")[-1]
+            new = model.get_layer(name).get_weights()
+            step = [a - b for a, b in zip(new, before[name], strict=True)]
+            joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
+            omega, gamma = (
+                np.linalg.inv(part[0].numpy().astype("float64"))
+                for part in (block.omega_inverse, block.gamma_inverse)
+            )
+            total += np.sum(joint * (omega @ joint @ gamma))
+        assert abs(total / (kl_clip * loss) - 1) < 0.02
+
+
+def test_nesterov_and_plain_momentum_follow_their_recursions():
+    """Against the recursions written out, with a preconditioner that stays the same."""
+    for nesterov in (False, True):
+        model = keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2, use_bias=False)])
+        optimizer = keras_kfc.KFC(
+            0.05, momentum=0.7, nesterov=nesterov, kl_clip=None, inverse_update_period=100
+        )
+        model.compile(optimizer=optimizer, loss="mse")
+        x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+        y = np.random.default_rng(1).normal(size=(16, 2)).astype("float32")
+        weights = model.get_weights()[0].astype("float64")
+        velocity = np.zeros_like(weights)
+        for step in range(4):
+            model.train_on_batch(x, y)
+            if step == 0:
+                block = optimizer.blocks[0]
+                inverses = block.omega_inverse[0].numpy(), block.gamma_inverse[0].numpy()
+            gradient = x.T @ (x @ weights - y) / 16
+            v = -0.05 * inverses[0] @ gradient @ inverses[1]
+            velocity = 0.7 * velocity + v
+            weights = weights + (0.7 * velocity + v if nesterov else velocity)
+        assert relative_error(model.get_weights()[0], weights) < 1e-5
