@@ -15,8 +15,8 @@ import keras_kfc
 from benchmarks.problems import Problem, problems
 
 MARKS = {
-    "conv": (25, 50, 100, 200, 300),
-    "conv-bn": (25, 50, 100, 200, 300),
+    "conv": (25, 50, 100, 200),
+    "conv-bn": (25, 50, 100, 200),
     "mlp": (25, 50, 100, 200, 300),
     "autoencoder": (25, 50, 100, 150, 300),
     "digits": (10, 25, 50, 100, 200),

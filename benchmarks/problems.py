@@ -43,9 +43,7 @@ def conv_net(batch_norm: bool = False) -> keras.Model:
     keras.utils.set_random_seed(1)
     stack: list[keras.Layer] = [keras.Input((28, 28, 1))]
     for filters, kernel, pool in ((16, 5, 3), (32, 5, 3), (32, 3, 2)):
-        stack.append(
-            layers.Conv2D(filters, kernel, padding="same", kernel_initializer="he_normal")
-        )
+        stack.append(layers.Conv2D(filters, kernel, padding="same", kernel_initializer="he_normal"))
         if batch_norm:
             stack.append(layers.BatchNormalization())
         stack += [layers.ReLU(), layers.MaxPooling2D(pool, 2, padding="same")]

@@ -1,7 +1,9 @@
 """Kronecker-factored natural gradient for convolutional networks in Keras."""
 
-from keras_kfc import _backend  # noqa: F401  (first: it checks the Keras backend)
-from keras_kfc import layers
+from keras_kfc import (
+    _backend,  # noqa: F401  (first: it checks the Keras backend)
+    layers,
+)
 from keras_kfc.capture import Capture
 from keras_kfc.curvature import KroneckerFactors, kronecker_factors
 from keras_kfc.instrument import Coverage, coverage, instrument, strip

@@ -1,5 +1,6 @@
 """Checks of KFC's own arguments, with messages in Keras's style."""
 
+import contextlib
 import math
 import operator
 from typing import Any
@@ -27,10 +28,8 @@ def check_number(
     expected = f"a number in {'(' if exclude_low else '['}{low}, {high})"
     number = None
     if not isinstance(value, (bool, str, bytes)):
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             number = float(value)
-        except (TypeError, ValueError):
-            pass
     if number is None:
         raise TypeError(f"Argument `{name}` must be {expected}. Received: {name}={value!r}")
     if not low <= number < high or (exclude_low and number == low):
@@ -73,9 +72,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
         ValueError: If `value` is not one of `choices`.
     """
     if value not in choices:
-        raise ValueError(
-            f"Argument `{name}` must be one of {choices}. Received: {name}={value!r}"
-        )
+        raise ValueError(f"Argument `{name}` must be one of {choices}. Received: {name}={value!r}")
     return value
 
 

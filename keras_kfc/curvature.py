@@ -10,15 +10,10 @@ import tensorflow as tf
 
 from keras_kfc.arguments import check_choice, check_positive_integer, check_seed
 from keras_kfc.capture import Capture
+from keras_kfc.derivatives import FISHERS, output_derivatives
 from keras_kfc.instrument import instrument_layers, strip_layer
-from keras_kfc.likelihood import FISHERS, output_derivatives
-from keras_kfc.statistics import (
-    batch_gammas,
-    batch_omegas,
-    batch_size_of,
-    compile_loss,
-    loss_terms,
-)
+from keras_kfc.losses import compile_loss, loss_terms
+from keras_kfc.statistics import batch_gammas, batch_omegas, batch_size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +107,7 @@ def _factors(model, x, y, compiled, fisher, batch_size, seed):
         with Capture() as capture:
             outputs = _call(model, inputs)
         size = batch_size_of(outputs)
-        derivatives = output_derivatives(
-            loss_terms(compiled, targets, outputs), fisher, batch_seed
-        )
+        derivatives = output_derivatives(loss_terms(compiled, targets, outputs), fisher, batch_seed)
         omegas = batch_omegas(
             capture, size, {key: record.has_bias for key, record in capture.records.items()}
         )
@@ -146,9 +139,7 @@ def _call(model, inputs):
 
 
 def _slice(structure, start, stop):
-    return keras.tree.map_structure(
-        lambda part: tf.convert_to_tensor(part[start:stop]), structure
-    )
+    return keras.tree.map_structure(lambda part: tf.convert_to_tensor(part[start:stop]), structure)
 
 
 def _squeeze(factor):

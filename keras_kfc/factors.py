@@ -206,4 +206,3 @@ def output_factor(geometry: Geometry, derivatives: Sequence[tf.Tensor]) -> tf.Te
     count = tf.add_n([tf.shape(tensor)[1] for tensor in rows])
     total = tf.add_n([tf.matmul(tensor, tensor, transpose_a=True) for tensor in rows])
     return total / tf.cast(count, total.dtype)
-

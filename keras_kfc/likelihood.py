@@ -1,11 +1,8 @@
 """Output derivatives that make up the Fisher matrix, from a compiled Keras loss.
 
 The Fisher matrix is defined as the generalised Gauss-Newton matrix (GGN) of
-the Keras loss as compiled. A Keras loss is a sum over *elements* (an example,
-or one position of an example), `L = Σ_e c_e ℓ_e`, where `ℓ_e` is what the
-loss function returns and the coefficients `c_e` come from the reduction,
-sample weights, class weights, masks and loss weights. With `R_e R_eᵀ` the
-Hessian of `ℓ_e` in the outputs, its GGN is `Σ_e c_e J_eᵀ R_e R_eᵀ J_e`, which
+the Keras loss as compiled, `L = Σ_e c_e ℓ_e` in the notation of
+`keras_kfc.losses`. With `R_e R_eᵀ` the Hessian of `ℓ_e` in the outputs, its GGN is `Σ_e c_e J_eᵀ R_e R_eᵀ J_e`, which
 is the mean over B examples of `g gᵀ` for the gradients `g` that start the
 backward pass from
 
@@ -19,72 +16,11 @@ the negative log-likelihood of the drawn target. Source: Martens & Grosse
 Tensors: B examples, P positions, D output channels or classes.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-
 import keras
 import tensorflow as tf
 
+from keras_kfc.losses import LossTerm, element_coefficients
 from keras_kfc.patches import at_least_float32
-
-FISHERS = ("sampled", "empirical", "exact")
-
-
-@dataclasses.dataclass
-class LossTerm:
-    """One loss of a compiled model, with the output it applies to.
-
-    Args:
-        loss: The `keras.losses.Loss`.
-        y_true: Targets, or None where they are not known.
-        y_pred: The model's output.
-        sample_weight: Sample weights as Keras passes them on, or None.
-        loss_weight: Loss weight, or None.
-    """
-
-    loss: keras.losses.Loss
-    y_true: tf.Tensor | None
-    y_pred: tf.Tensor
-    sample_weight: tf.Tensor | None = None
-    loss_weight: float | None = None
-
-
-class _Reduction(keras.losses.Loss):
-    """Keras's own reduction of given loss values, to read coefficients off."""
-
-    def call(self, y_true, y_pred):
-        del y_true
-        return y_pred
-
-
-def element_coefficients(
-    term: LossTerm, values: tf.Tensor, mask: tf.Tensor | None
-) -> tf.Tensor:
-    """Coefficients `c_e` of the loss values in the total loss.
-
-    They are the derivative of Keras's own reduction with respect to the values.
-
-    Args:
-        term: The loss term.
-        values: A tensor of the shape of the loss values, one for each element.
-        mask: Mask of the elements, or None.
-
-    Returns:
-        A tensor of the shape of `values`; negative weights count as zero.
-    """
-    reduction = _Reduction("reduction", term.loss.reduction, values.dtype.name)
-    with tf.GradientTape() as tape:
-        tape.watch(values)
-        entries = tf.identity(values)
-        if mask is not None:
-            entries._keras_mask = mask
-        total = tf.reduce_sum(reduction(entries, entries, sample_weight=term.sample_weight))
-    coefficients = tape.gradient(total, values)
-    # Keras divides the loss by the number of replicas, which average again.
-    coefficients *= tf.distribute.get_strategy().num_replicas_in_sync
-    if term.loss_weight is not None:
-        coefficients *= tf.cast(term.loss_weight, coefficients.dtype)
-    return tf.maximum(coefficients, 0)
 
 
 class OutputDistribution:
@@ -146,9 +82,7 @@ class OutputDistribution:
             labels = tf.reshape(term.y_true, tf.shape(self._outputs)[:-1])
             valid = labels != tf.cast(ignore_class, labels.dtype)
             mask = valid if mask is None else mask & valid
-        coefficients = element_coefficients(
-            term, tf.zeros_like(self._loss_values(term)), mask
-        )
+        coefficients = element_coefficients(term, tf.zeros_like(self._loss_values(term)), mask)
         if coefficients.shape.rank < self._outputs.shape.rank - 1:
             # Keras squeezed a channel axis of size 1 away and averaged over the
             # axis before it: spread the coefficient over that axis.
@@ -251,62 +185,6 @@ class OutputDistribution:
         return [tf.cast(scaled, source.dtype)]
 
 
-class EmpiricalDerivatives:
-    """Output derivatives of the loss at the training targets (empirical Fisher).
-
-    Works for every `keras.losses.Loss`. One example's derivative is scaled by
-    `1 / sqrt(w)`, w being its weight in the mean, so that weights enter as
-    they do in the Fisher matrix.
-
-    Args:
-        term: The loss term; `y_true` is needed.
-
-    Attributes:
-        sources: Tensors to start the backward pass from.
-    """
-
-    def __init__(self, term: LossTerm):
-        outputs = term.y_pred
-        logits = getattr(outputs, "_keras_logits", None)
-        self.sources = [outputs] if logits is None else [outputs, logits]
-        self._term = term
-
-    def derivatives(self) -> list[tf.Tensor]:
-        """Derivatives for each of `sources`, of their shapes and dtypes."""
-        term = self._term
-        outputs = tf.identity(self.sources[0])
-        watched = [outputs]
-        if len(self.sources) == 2:
-            watched.append(tf.identity(self.sources[1]))
-            outputs._keras_logits = watched[1]
-        mask = getattr(term.y_pred, "_keras_mask", None)
-        if mask is not None:
-            outputs._keras_mask = mask
-        with tf.GradientTape() as tape:
-            tape.watch(watched)
-            loss = tf.reduce_sum(term.loss(term.y_true, outputs, term.sample_weight))
-        gradients = tape.gradient(
-            loss, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
-        values = term.loss.call(
-            tf.cast(term.y_true, term.loss.dtype), tf.cast(outputs, term.loss.dtype)
-        )
-        # Masks that the loss itself attaches (ignore_class) show in its values.
-        inner_mask = getattr(values, "_keras_mask", None)
-        if inner_mask is not None:
-            mask = inner_mask if mask is None else mask & inner_mask
-        weights = element_coefficients(term, tf.zeros_like(values), mask)
-        examples = tf.cast(tf.shape(outputs)[0], weights.dtype)
-        if weights.shape.rank:
-            weights = tf.reshape(weights, (tf.shape(weights)[0], -1))
-            weights = examples * tf.reduce_sum(weights, axis=1)
-        loss_weight = 1.0 if term.loss_weight is None else term.loss_weight
-        scale = examples * tf.math.divide_no_nan(
-            tf.cast(loss_weight, weights.dtype), tf.sqrt(weights)
-        )
-        return [_scale_examples(gradient, scale) for gradient in gradients]
-
-
 def distribution_of(term: LossTerm) -> OutputDistribution:
     """The predictive distribution behind a Keras loss.
 
@@ -348,74 +226,5 @@ def unknown_loss(name: str) -> ValueError:
     )
 
 
-@dataclasses.dataclass
-class OutputDerivatives:
-    """What to start the second backward passes of one forward pass from.
-
-    Args:
-        sources: Output tensors.
-        count: Number of backward passes, a Python integer or a scalar tensor.
-        derivatives: Function from the number of the pass to a tensor for each source.
-    """
-
-    sources: list[tf.Tensor]
-    count: int | tf.Tensor
-    derivatives: Callable[[tf.Tensor], list[tf.Tensor]]
-
-
-def output_derivatives(
-    terms: Sequence[LossTerm], fisher: str, seed: tf.Tensor
-) -> OutputDerivatives:
-    """Output derivatives of all loss terms of a model for one kind of Fisher matrix.
-
-    Args:
-        terms: The model's loss terms; draws for different terms are independent.
-        fisher: `"sampled"`, `"empirical"` or `"exact"`.
-        seed: Two integers, for `"sampled"`.
-
-    Returns:
-        An `OutputDerivatives`; Gamma is the sum over its backward passes.
-
-    Raises:
-        ValueError: If a loss has no known distribution and `fisher` needs one.
-    """
-    if fisher == "empirical":
-        empirical = [EmpiricalDerivatives(term) for term in terms]
-        return OutputDerivatives(
-            [source for part in empirical for source in part.sources],
-            1,
-            lambda _: [tensor for part in empirical for tensor in part.derivatives()],
-        )
-    parts = [distribution_of(term) for term in terms]
-    sources = [source for part in parts for source in part.sources]
-    if fisher == "sampled":
-        return OutputDerivatives(
-            sources,
-            1,
-            lambda _: [
-                tensor
-                for number, part in enumerate(parts)
-                for tensor in part.sample(seed + tf.constant([0, number], seed.dtype))
-            ],
-        )
-    counts = [part.count_columns() for part in parts]
-
-    def columns(index):
-        tensors, first = [], 0
-        for part, count in zip(parts, counts, strict=True):
-            # Outside of the part's own range the one-hot choice is all zeros.
-            tensors += part.column(tf.cast(index, tf.int32) - first)
-            first += count
-        return tensors
-
-    return OutputDerivatives(sources, tf.add_n(counts), columns)
-
-
 def _uniform(shape, seed, dtype):
     return tf.random.stateless_uniform(shape, seed, dtype=dtype, alg="philox")
-
-
-def _scale_examples(tensor: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    if scale.shape.rank:
-        scale = tf.reshape(scale, tf.concat(([-1], tf.ones(tf.rank(tensor) - 1, tf.int32)), 0))
-    return tf.cast(at_least_float32(tensor) * tf.cast(scale, at_least_float32(tensor).dtype), tensor.dtype)

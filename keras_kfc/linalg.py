@@ -136,9 +136,7 @@ def _network_mean_eigenvalue(omegas, gammas):
     """Trace of the block-diagonal Fisher matrix over the number of parameters, a scalar."""
     trace = tf.add_n(
         [
-            tf.reduce_sum(
-                tf.cast(tf.linalg.trace(omega) * tf.linalg.trace(gamma), tf.float32)
-            )
+            tf.reduce_sum(tf.cast(tf.linalg.trace(omega) * tf.linalg.trace(gamma), tf.float32))
             for omega, gamma in zip(omegas, gammas, strict=True)
         ]
     )

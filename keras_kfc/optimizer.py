@@ -1,17 +1,14 @@
 """KFC: momentum gradient descent preconditioned by Kronecker factors.
 
-One step, in the order of the paper's KFC-pre: factors from the captured
-forward pass (`update_factors`), inverses, preconditioned directions, trust
-region, momentum. What recurs every few steps is decided inside the graph.
+This module holds the arguments, state and configuration of the optimizer; how it
+takes in statistics stands in `factor_updates`, what it does with gradients in
+`step`.
 """
 
-import logging
 import random
-from collections.abc import Mapping
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_kfc.arguments import (
     check_boolean,
@@ -20,29 +17,119 @@ from keras_kfc.arguments import (
     check_positive_integer,
     check_seed,
 )
-from keras_kfc.blocks import all_finite
-from keras_kfc.capture import Capture, kronecker_optimizer, take_pending
-from keras_kfc.fallback import adam_step
-from keras_kfc.likelihood import FISHERS, output_derivatives
+from keras_kfc.derivatives import FISHERS
+from keras_kfc.factor_updates import FactorUpdates
 from keras_kfc.preconditioner import Preconditioner
-from keras_kfc.statistics import (
-    batch_gammas,
-    batch_size_of,
-    compile_loss,
-    loss_terms,
-    ordinary_gammas,
-)
-
-_logger = logging.getLogger("keras_kfc")
-# The unit of the trust region is a moving average of the loss with this decay.
-_LOSS_DECAY = 0.9
+from keras_kfc.step import PreconditionedStep
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")
-class KFC(keras.optimizers.Optimizer):
+class KFC(FactorUpdates, PreconditionedStep, keras.optimizers.Optimizer):
     """Kronecker Factors for Convolution, an approximate natural gradient.
 
-    DOCSTRING
+    Momentum gradient descent, preconditioned for every `keras_kfc.layers.Conv2D`
+    and `keras_kfc.layers.Dense` by a Kronecker-factored approximation of the
+    Fisher matrix. With `D` the gradient of a layer's kernel and bias as one
+    matrix, a step is
+
+        Ω ← average of E[Σ_t ā_t ā_tᵀ]               every `factor_update_period` steps
+        Γ ← average of E[(1/|T|) Σ_t Ds_t Ds_tᵀ]     likewise
+        v = -α (Ω + π √λ I)⁻¹ D (Γ + √λ/π I)⁻¹       inverses anew every
+                                                     `inverse_update_period` steps
+        v ← v min(1, sqrt(C / ν)),  ν = vᵀ F v       one factor for all layers
+        p ← μ p + v
+        θ ← θ + μ p + v    (θ ← θ + p without Nesterov momentum)
+
+    with `ν` estimated as `v · (-α D)`, summed over layers. Both the damping and the
+    trust region are free of scale by default: `λ` is `damping` times the mean
+    eigenvalue of the layer's own block, and `C` is `kl_clip` times a moving
+    average of the loss. A constant factor on the loss then changes nothing.
+
+    The Fisher matrix is the generalised Gauss-Newton matrix of the compiled
+    loss: categorical, sparse categorical and binary cross-entropy and mean
+    squared error, with sample, class and loss weights. Other losses train
+    with `fisher="empirical"`.
+
+    Variables of other layers are trained by Adam with a learning rate of
+    `fallback_lr_ratio * learning_rate`, and an epsilon relative to the size of
+    the gradients. A step whose derivatives hold a NaN or an infinity is skipped
+    and counted; so are factors and inverses that are not finite.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule` instance, or a
+            callable that takes no arguments and returns the value to use;
+            the paper's `α`. An upper limit rather than the step size, where the trust
+            region is smaller. Defaults to `0.05`.
+        damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov
+            damping `λ`, in units of the mean eigenvalue of the layer's block
+            (absolute if `scale_free=False`). Can be read and set during
+            training. Defaults to `0.3`.
+        momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
+        nesterov: Whether to use Nesterov momentum. Defaults to `True`.
+        kl_clip: Bound `C` of the trust region, in units of the loss (absolute if
+            `scale_free=False`), or None for no trust region. Defaults to `3e-4`.
+        fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the
+            model's own prediction (as the paper does), `"empirical"` takes the
+            training targets, `"exact"` sums over all classes or outputs, one
+            backward pass for each. Defaults to `"sampled"`.
+        factor_decay: Decay of the moving averages of the factors for one
+            update, in [0, 1). Averages are corrected for their start.
+            Defaults to `0.95`.
+        factor_update_period: Steps between updates of the factors, the paper's
+            `T_s`. Defaults to `10`.
+        inverse_update_period: Steps between updates of the inverses, the
+            paper's `T_f`. Defaults to `20`.
+        scale_free: Whether `damping` and `kl_clip` are relative, as above. With
+            False they are absolute, as in the paper. Defaults to `True`.
+        fallback_lr_ratio: Learning rate of the fallback rule over
+            `learning_rate`. Defaults to `0.05`.
+        seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
+        name: Name of the optimizer.
+        weight_decay: Float. If set, weight decay is applied, decoupled from the gradient.
+        clipnorm: Float. If set, the gradient of each weight is clipped to this norm.
+        clipvalue: Float. If set, gradients are clipped to be no higher than this value.
+        global_clipnorm: Float. If set, all gradients are clipped to this joint norm.
+        use_ema: Whether to keep a moving average of the weights (the paper evaluates
+            with one whose time constant is about an epoch). Defaults to `False`.
+        ema_momentum: Float, decay of that average. Defaults to `0.99`.
+        ema_overwrite_frequency: Integer or None. If set, the weights are overwritten
+            by their average every so many steps.
+        loss_scale_factor: Float or None. Factor that the loss was multiplied by, to
+            be divided out of the gradients.
+        gradient_accumulation_steps: Integer or None. If set, weights are updated
+            every so many batches, and the batches' gradients are averaged.
+
+    Attributes:
+        blocks: The Kronecker blocks, one for each covered layer, with their
+            `path`, `omega`, `gamma`, `omega_inverse` and `gamma_inverse`.
+        skipped_steps: Variable that counts steps with derivatives that were not finite.
+        skipped_factor_updates: Counts layers' factors of a batch left out as not finite.
+        skipped_inverse_updates: Counts inverses that were not finite, and so not used.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [
+    ...         keras.Input((8, 8, 1)),
+    ...         keras_kfc.layers.Conv2D(4, 3, activation="relu"),
+    ...         keras.layers.Flatten(),
+    ...         keras_kfc.layers.Dense(2, activation="softmax"),
+    ...     ]
+    ... )
+    >>> model.compile(optimizer=keras_kfc.KFC(), loss="sparse_categorical_crossentropy")
+    >>> images = np.random.default_rng(0).normal(size=(32, 8, 8, 1))
+    >>> labels = (images.mean(axis=(1, 2, 3)) > 0).astype("int32")
+    >>> history = model.fit(images, labels, epochs=3, verbose=0)
+    >>> [block.path.split("/")[-1] for block in model.optimizer.blocks]
+    ['conv2d', 'dense']
+    >>> int(model.optimizer.skipped_steps)
+    0
+
+    References:
+
+    - [Grosse & Martens, 2016](https://arxiv.org/abs/1602.01407), KFC-pre
+    - [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671), factored damping
     """
 
     def __init__(
@@ -177,205 +264,6 @@ class KFC(keras.optimizers.Optimizer):
             else self.add_variable_from_reference(variable, name="second_moment")
             for index, variable in enumerate(variables)
         )
-
-    def update_factors(
-        self, capture: Capture, loss=None, y_true=None, y_pred=None, sample_weight=None
-    ) -> None:
-        """Updates the factors from one forward pass, if that is due.
-
-        `fit` does this by itself; custom training loops call it between the
-        forward pass and `apply_gradients`.
-
-        Args:
-            capture: The capture that was open during the forward pass.
-            loss: The loss, as `keras.Model.compile` takes it.
-            y_true: Targets.
-            y_pred: The model's outputs in the forward pass.
-            sample_weight: Sample weights or None.
-
-        Raises:
-            ValueError: If the optimizer is not built, or the loss has no known
-                Fisher matrix and `fisher` is not `"empirical"`.
-        """
-        if not self.built:
-            raise ValueError(
-                "The optimizer has no factors yet. Call "
-                "`optimizer.build(model.trainable_variables)` before `update_factors`."
-            )
-        compiled = compile_loss(loss)
-        value = compiled(y_true, y_pred, sample_weight)
-        self._update_factors(capture, compiled, y_true, y_pred, sample_weight, value)
-
-    def _update_factors(self, capture, compiled, y_true, y_pred, sample_weight, loss_value):
-        self._observe_loss(loss_value)
-        seed = tf.stack([tf.cast(self._draw_seed, tf.int64), tf.cast(self._iterations, tf.int64)])
-
-        def gammas(wanted):
-            terms = loss_terms(compiled, y_true, y_pred, sample_weight)
-            return batch_gammas(capture, output_derivatives(terms, self.fisher, seed), wanted)
-
-        self._accumulate(capture, batch_size_of(y_pred), gammas)
-
-    def _accumulate(self, capture, batch_size, gammas):
-        preconditioner = self._preconditioner
-        blocks = preconditioner.blocks_in(capture)
-        if not blocks:
-            return
-        capture.check_reachable()
-
-        def update():
-            refused = preconditioner.accumulate(capture, batch_size, gammas, self.factor_decay)
-            self.skipped_factor_updates.assign_add(tf.cast(refused, tf.int64))
-            return True
-
-        due = self._due(self.factor_update_period)
-        tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
-
-    def _due(self, period):
-        """Whether something with this period is due now, a boolean scalar."""
-        return tf.equal(self.iterations % period, 0)
-
-    def _observe_loss(self, value):
-        value = tf.abs(tf.cast(value, tf.float32))
-        rate = tf.where(tf.math.is_finite(value), 1 - _LOSS_DECAY, 0.0)
-        value = tf.where(tf.math.is_finite(value), value, 0.0)
-        self._loss_average.assign_add(rate * (value - self._loss_average))
-        self._loss_weight.assign_add(rate * (1 - self._loss_weight))
-
-    def apply(self, grads, trainable_variables=None):
-        """Updates the variables, after taking in a pending forward pass.
-
-        Args:
-            grads: Gradients.
-            trainable_variables: The variables they belong to; optional once
-                the optimizer is built.
-        """
-        if not self.built and trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-            with keras.name_scope(self.name, caller=self):
-                self.build(trainable_variables)
-        capture = take_pending(self)
-        if capture is not None and self.built:
-            self._use_pending(capture)
-        super().apply(grads, trainable_variables)
-
-    def _use_pending(self, capture):
-        loss = capture.loss
-        if loss is not None:
-            self._update_factors(
-                capture, loss.compiled, loss.y_true, loss.y_pred, loss.sample_weight, loss.value
-            )
-            return
-        if self.fisher != "empirical" and not self._noticed:
-            self._noticed = True
-            _logger.warning(
-                "KFC uses the empirical Fisher matrix, because %s is trained without its "
-                "compiled loss, so that the model's own distribution is not known. On "
-                'regression this can diverge where fisher="sampled" does not. Let the train '
-                "step call `compute_loss`, or use `keras_kfc.Capture` in it.",
-                type(capture.model).__name__,
-            )
-        records = [r for r in capture.records.values() if r.ordinary_derivatives]
-        if not records:
-            return
-        batch_size = tf.shape(records[0].inputs[0])[0]
-        scale = tf.cast(batch_size, tf.float32) / self._total_loss_scale(capture.model)
-        self._accumulate(
-            capture, batch_size, lambda wanted: ordinary_gammas(capture, scale, wanted)
-        )
-
-    def _total_loss_scale(self, model):
-        """What the loss was multiplied by before the ordinary backward pass."""
-        scale = 1.0 if self.loss_scale_factor is None else float(self.loss_scale_factor)
-        outer = model.optimizer
-        if outer is not self and kronecker_optimizer(outer) is self:
-            scale *= tf.cast(outer.dynamic_scale, tf.float32)
-        return scale
-
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError(
-                "KFC does not support several replicas yet. Received: a strategy with "
-                f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas"
-            )
-        variables = {self._get_variable_index(v): v for v in trainable_variables}
-        gradients = {
-            index: tf.convert_to_tensor(gradient)
-            for index, gradient in zip(variables, grads, strict=True)
-        }
-        self._refresh_inverses()
-        directions = self._preconditioner.directions(gradients)
-        quadratic = tf.add_n(
-            [tf.zeros(())]
-            + [
-                tf.cast(tf.reduce_sum(tf.cast(gradients[i], d.dtype) * d), tf.float32)
-                for i, d in directions.items()
-            ]
-        )
-        usable = all_finite([quadratic, *gradients.values()])
-        learning_rate = tf.cast(learning_rate, tf.float32)
-
-        def update():
-            scale = -learning_rate * self._trust(learning_rate**2 * quadratic)
-            for index, variable in variables.items():
-                if index in directions:
-                    self._momentum_step(index, variable, scale, directions[index])
-                else:
-                    self._fallback_step(index, variable, learning_rate, gradients[index])
-            return True
-
-        def skip():
-            self.skipped_steps.assign_add(1)
-            return False
-
-        tf.cond(usable, update, skip)
-
-    def _refresh_inverses(self):
-        preconditioner = self._preconditioner
-        if not preconditioner.blocks:
-            return
-
-        def refresh():
-            refused = preconditioner.refresh_inverses(
-                tf.cast(self.damping, tf.float32), self.scale_free
-            )
-            self.skipped_inverse_updates.assign_add(tf.cast(refused, tf.int64))
-            return True
-
-        due = self._due(self.inverse_update_period)
-        tf.cond(due | preconditioner.missing_inverses(), refresh, lambda: False)
-
-    def _trust(self, quadratic):
-        """Factor in [0, 1] that keeps the step within the trust region."""
-        if self.kl_clip is None:
-            return 1.0
-        bound = tf.constant(self.kl_clip, tf.float32)
-        if self.scale_free:
-            # Before any loss has been seen the unit is 1.
-            seen = self._loss_weight > 0
-            unit = tf.math.divide_no_nan(self._loss_average.value, self._loss_weight.value)
-            bound *= tf.where(seen, unit, 1.0)
-        return tf.minimum(1.0, tf.sqrt(tf.math.divide_no_nan(bound, tf.maximum(quadratic, 0.0))))
-
-    def _momentum_step(self, index, variable, scale, direction):
-        momentum = self._momentums[index]
-        step = tf.cast(tf.cast(scale, direction.dtype) * direction, variable.dtype)
-        velocity = self.momentum * momentum + step
-        self.assign(momentum, velocity)
-        self.assign_add(variable, self.momentum * velocity + step if self.nesterov else velocity)
-
-    def _fallback_step(self, index, variable, learning_rate, gradient):
-        first, second = self._momentums[index], self._second_moments[index]
-        update, new_first, new_second = adam_step(
-            tf.cast(gradient, variable.dtype),
-            first.value,
-            second.value,
-            self.iterations + 1,
-            self.fallback_lr_ratio * learning_rate,
-        )
-        self.assign(first, new_first)
-        self.assign(second, new_second)
-        self.assign_add(variable, update)
 
     def get_config(self):
         """Configuration from which `from_config` makes an equal optimizer."""

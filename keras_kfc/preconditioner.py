@@ -96,9 +96,7 @@ class Preconditioner:
         omegas = batch_omegas(
             capture, batch_size, {key: block.bias is not None for key, block in blocks.items()}
         )
-        refused = [
-            blocks[key].accumulate(omegas[key], new_gammas[key], decay) for key in blocks
-        ]
+        refused = [blocks[key].accumulate(omegas[key], new_gammas[key], decay) for key in blocks]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
     def missing_inverses(self) -> tf.Tensor:

@@ -1,84 +1,17 @@
 """From one captured forward pass to the Kronecker factors of its batch.
 
-Joins what the modules below know separately: the loss terms of a compiled
-model (`likelihood`), the backward passes (`capture`) and the factors
-(`factors`).
+Joins what the modules below know separately: where backward passes start
+(`derivatives`), how they run (`capture`) and what they give (`factors`).
 """
 
 from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src.trainers.compile_utils import CompileLoss
 
 from keras_kfc.capture import Capture
+from keras_kfc.derivatives import OutputDerivatives
 from keras_kfc.factors import input_factor, output_factor
-from keras_kfc.likelihood import LossTerm, OutputDerivatives
-
-
-class _Recorder:
-    """Stands in for a loss and notes what Keras would have called it with."""
-
-    def __init__(self, loss: Any, weight: Any, terms: list[LossTerm]):
-        self._loss, self._weight, self._terms = loss, weight, terms
-
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
-        self._terms.append(LossTerm(self._loss, y_true, y_pred, sample_weight, self._weight))
-        return tf.zeros(())
-
-
-def loss_terms(
-    compiled: CompileLoss, y_true: Any, y_pred: Any, sample_weight: Any = None
-) -> list[LossTerm]:
-    """Pairs the losses of a compiled model with outputs, targets and weights.
-
-    Keras itself does the pairing, with recorders in place of the losses.
-
-    Args:
-        compiled: The model's `CompileLoss`.
-        y_true: Targets in the structure that Keras takes, or None if unknown.
-        y_pred: The model's outputs.
-        sample_weight: Sample weights or None.
-
-    Returns:
-        A term for each output that has a loss.
-    """
-    targets = y_true
-    if y_true is None:
-        targets = y_pred
-    if not compiled.built:
-        compiled.build(targets, y_pred)
-    terms: list[LossTerm] = []
-    recording = object.__new__(type(compiled))
-    recording.__dict__.update(compiled.__dict__)
-    recording.__dict__.pop("call", None)  # the wrapper of keras_kfc.capture.watch_loss
-    entries = [
-        entry._replace(loss=_Recorder(entry.loss, entry.loss_weights, terms))
-        for entry in compiled._flat_losses
-    ]
-    # No metrics: they would count the recorders' zeros.
-    recording.__dict__.update(_flat_losses=entries, _metrics=[None] * len(entries))
-    recording.call(targets, y_pred, sample_weight)
-    if not keras.tree.is_nested(y_pred):
-        # Of several losses on a single output Keras uses the first.
-        terms = terms[:1]
-    if y_true is None:
-        for term in terms:
-            term.y_true = None
-    return terms
-
-
-def compile_loss(loss: Any, model: Any = None) -> CompileLoss:
-    """Keras's own handling of a `loss` argument, outside of `compile`.
-
-    Args:
-        loss: What `keras.Model.compile` takes as `loss`.
-        model: The model, for the names of its outputs, or None.
-
-    Returns:
-        A `CompileLoss`.
-    """
-    return CompileLoss(loss, output_names=getattr(model, "output_names", None))
 
 
 def batch_size_of(y_pred: Any) -> tf.Tensor:
@@ -107,9 +40,7 @@ def batch_omegas(
     }
 
 
-def batch_gammas(
-    capture: Capture, outputs: OutputDerivatives, wanted: Any
-) -> dict[int, tf.Tensor]:
+def batch_gammas(capture: Capture, outputs: OutputDerivatives, wanted: Any) -> dict[int, tf.Tensor]:
     """Output factors of one batch, from one or more backward passes.
 
     Args:

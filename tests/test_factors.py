@@ -13,13 +13,20 @@ from keras_kfc.factors import ConvGeometry, DenseGeometry, input_factor, output_
 from keras_kfc.patches import extract_patches, patch_second_moment
 
 KERNELS = [(1, 1), (2, 2), (3, 3), (5, 5), (2, 3), (3, 1)]
-GEOMETRIES = [((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 3), (1, 1)), ((1, 1), (2, 2)), ((1, 1), (1, 2))]
+GEOMETRIES = [
+    ((1, 1), (1, 1)),
+    ((2, 2), (1, 1)),
+    ((1, 3), (1, 1)),
+    ((1, 1), (2, 2)),
+    ((1, 1), (1, 2)),
+]
 CASES = [
     (kernel, strides, padding, dilation, size, channels)
     for kernel, (strides, dilation), padding, size, channels in itertools.product(
         KERNELS, GEOMETRIES, ("same", "valid"), ((9, 10), (10, 9)), (1, 3)
     )
-    if padding == "same" or all((k - 1) * d < n for k, d, n in zip(kernel, dilation, size, strict=True))
+    if padding == "same"
+    or all((k - 1) * d < n for k, d, n in zip(kernel, dilation, size, strict=True))
 ]
 
 
@@ -44,9 +51,7 @@ def test_omega_of_grouped_convolution_has_a_block_for_each_group(padding):
     geometry = ConvGeometry((3, 2), 6, 8, padding=padding, groups=2)
     omega = input_factor(geometry, [tf.constant(images)], 3, True)
     for group, channels in enumerate((slice(0, 3), slice(3, 6))):
-        expected = naive_omega(
-            images, (3, 2), (1, 1), padding, (1, 1), True, channels=channels
-        )
+        expected = naive_omega(images, (3, 2), (1, 1), padding, (1, 1), True, channels=channels)
         assert relative_error(omega[group], expected) < 1e-5
 
 
@@ -244,7 +249,9 @@ def test_instrumented_and_plain_models_give_the_same_factors():
     again = keras_kfc.kronecker_factors(model, images, loss=loss, fisher="exact", batch_size=10)
     assert type(model.layers[0]) is keras_kfc.layers.Conv2D
     for path, part in again.items():
-        np.testing.assert_allclose(part.gamma, factors[path.split("/")[-1]].gamma, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(
+            part.gamma, factors[path.split("/")[-1]].gamma, rtol=1e-4, atol=1e-7
+        )
 
 
 def test_uses_of_a_shared_layer_count_as_positions():

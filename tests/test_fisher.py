@@ -26,9 +26,7 @@ def blocks_of(model, inputs, loss, targets=None, fisher="exact"):
     factors = keras_kfc.kronecker_factors(
         model, inputs, targets, loss=loss, fisher=fisher, batch_size=len(inputs)
     )
-    return {
-        path.split("/")[-1]: np.kron(part.omega, part.gamma) for path, part in factors.items()
-    }
+    return {path.split("/")[-1]: np.kron(part.omega, part.gamma) for path, part in factors.items()}
 
 
 def ggn_of(model, layer_name, inputs, loss_of_outputs):
@@ -79,7 +77,11 @@ def test_block_is_exact_for_one_datum():
 def test_block_is_not_exact_without_the_assumptions():
     """Negative control: two data and a nonlinearity break the factorisation."""
     model = keras.Sequential(
-        [keras.Input((3,)), keras.layers.Dense(4, activation="tanh", name="a"), keras.layers.Dense(2)]
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(4, activation="tanh", name="a"),
+            keras.layers.Dense(2),
+        ]
     )
     inputs = np.random.default_rng(0).normal(size=(5, 3)) * 2
     block = blocks_of(model, inputs, "mse")["a"]
@@ -189,7 +191,9 @@ def test_inverse_is_the_same_under_xla():
     shift = tf.constant([0.1, 0.2])
     plain = damped_inverse(matrix, shift)
     compiled = tf.function(damped_inverse, jit_compile=True)(matrix, shift)
-    expected = np.linalg.inv(matrix.numpy().astype("float64") + shift.numpy()[:, None, None] * np.eye(30))
+    expected = np.linalg.inv(
+        matrix.numpy().astype("float64") + shift.numpy()[:, None, None] * np.eye(30)
+    )
     assert relative_error(plain, expected) < 1e-5
     assert relative_error(compiled, expected) < 1e-5
 
@@ -214,9 +218,7 @@ def _reparameterised(optimizer, steps):
     rng = np.random.default_rng(0)
     images = rng.normal(size=(24, 6, 6, 2))
     labels = np.arange(24) % 3
-    affine = [
-        (np.eye(c) + 0.4 * rng.normal(size=(c, c)), rng.normal(size=c)) for c in (2, 3, 3, 4)
-    ]
+    affine = [(np.eye(c) + 0.4 * rng.normal(size=(c, c)), rng.normal(size=c)) for c in (2, 3, 3, 4)]
 
     def build(changed):
         keras.utils.set_random_seed(1)

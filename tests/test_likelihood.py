@@ -13,6 +13,8 @@ import tensorflow as tf
 from conftest import explicit_ggn, relative_error
 
 import keras_kfc
+from keras_kfc.likelihood import distribution_of
+from keras_kfc.losses import LossTerm
 
 
 def block_and_ggn(loss, targets, *, activation=None, units=3, shape=(4,), weights=None, **compiled):
@@ -56,7 +58,11 @@ losses = keras.losses
 CASES = {
     "sparse logits": (losses.SparseCategoricalCrossentropy(from_logits=True), LABELS, {}),
     "sparse probabilities": ("sparse_categorical_crossentropy", LABELS, {"activation": "softmax"}),
-    "sparse column": ("sparse_categorical_crossentropy", LABELS[:, None], {"activation": "softmax"}),
+    "sparse column": (
+        "sparse_categorical_crossentropy",
+        LABELS[:, None],
+        {"activation": "softmax"},
+    ),
     "categorical": ("categorical_crossentropy", ONE_HOT, {"activation": "softmax"}),
     "generic name": ("crossentropy", ONE_HOT, {"activation": "softmax"}),
     "label smoothing": (
@@ -66,7 +72,11 @@ CASES = {
     ),
     "binary logits": (losses.BinaryCrossentropy(from_logits=True), BINARY, {}),
     "binary probabilities": ("binary_crossentropy", BINARY, {"activation": "sigmoid"}),
-    "binary smoothing": (losses.BinaryCrossentropy(label_smoothing=0.2), BINARY, {"activation": "sigmoid"}),
+    "binary smoothing": (
+        losses.BinaryCrossentropy(label_smoothing=0.2),
+        BINARY,
+        {"activation": "sigmoid"},
+    ),
     "squared": ("mse", REAL, {}),
     "squared function": (losses.mean_squared_error, REAL, {}),
     "one output": ("mse", REAL[:, 0], {"units": 1}),
@@ -99,7 +109,9 @@ def test_wrong_scale_would_show():
     assert relative_error(3 * block, expected) > 1
 
 
-@pytest.mark.parametrize("case", ["squared", "sparse probabilities", "binary logits", "sample weights"])
+@pytest.mark.parametrize(
+    "case", ["squared", "sparse probabilities", "binary logits", "sample weights"]
+)
 def test_sampled_has_the_exact_block_as_its_mean(case):
     """Many draws of one example average to the Gauss-Newton matrix."""
     loss, targets, options = CASES[case]
@@ -113,7 +125,13 @@ def test_sampled_has_the_exact_block_as_its_mean(case):
     repeated = np.repeat(targets[:1], copies, axis=0)
     arguments = {"loss": loss, "batch_size": copies, "seed": 3}
     sampled, exact = (
-        next(iter(keras_kfc.kronecker_factors(model, inputs, repeated, fisher=fisher, **arguments).values()))
+        next(
+            iter(
+                keras_kfc.kronecker_factors(
+                    model, inputs, repeated, fisher=fisher, **arguments
+                ).values()
+            )
+        )
         for fisher in ("sampled", "exact")
     )
     assert relative_error(sampled.gamma, exact.gamma) < 0.1
@@ -195,8 +213,6 @@ def test_classes_on_another_axis(from_logits):
     last = rng.normal(size=(2, 5, 3)).astype("float32")
     if not from_logits:
         last = np.exp(last) / np.exp(last).sum(-1, keepdims=True)
-    from keras_kfc.likelihood import LossTerm, distribution_of
-
     seed = tf.constant([1, 2], tf.int64)
     derivatives = {}
     for axis, outputs in ((-1, last), (1, last.transpose(0, 2, 1))):

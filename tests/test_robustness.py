@@ -130,7 +130,9 @@ def test_shared_layer_trains_with_both_uses():
     keras.utils.set_random_seed(1)
     shared = keras_kfc.layers.Dense(2, use_bias=False)
     left, right = keras.Input((3,)), keras.Input((3,))
-    model = compiled(keras.Model([left, right], shared(left) - 2 * shared(right)), "mse", fisher="exact")
+    model = compiled(
+        keras.Model([left, right], shared(left) - 2 * shared(right)), "mse", fisher="exact"
+    )
     x = [np.random.default_rng(i).normal(size=(16, 3)) for i in range(2)]
     model.train_on_batch(x, np.ones((16, 2)))
     (block,) = model.optimizer.blocks
@@ -153,7 +155,9 @@ class Tied(keras_kfc.layers.Dense):
 
 def test_layers_with_one_kernel_variable_share_a_block():
     first = keras_kfc.layers.Dense(3, use_bias=False)
-    model = compiled(keras.Sequential([keras.Input((3,)), first, Tied(first)]), "mse", fisher="exact")
+    model = compiled(
+        keras.Sequential([keras.Input((3,)), first, Tied(first)]), "mse", fisher="exact"
+    )
     first.set_weights([2 * np.eye(3)])
     x = np.random.default_rng(0).normal(size=(16, 3))
     model.train_on_batch(x, x)
@@ -227,7 +231,10 @@ def test_two_models_with_optimizers_of_their_own():
     alone = compiled()
     for seed in range(3):
         alone.train_on_batch(*image_batch(seed=seed))
-    model, other = compiled(), compiled(keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), "mse")
+    model, other = (
+        compiled(),
+        compiled(keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), "mse"),
+    )
     for seed in range(3):
         model.train_on_batch(*image_batch(seed=seed))
         other.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
@@ -258,7 +265,9 @@ def test_ordinary_backward_pass_is_unscaled_in_mixed_precision():
             x, y, _ = data
             with tf.GradientTape() as tape:
                 outputs = self(x, training=True)
-                loss = self.optimizer.scale_loss(tf.reduce_mean(tf.square(tf.cast(outputs, "float32") - y)))
+                loss = self.optimizer.scale_loss(
+                    tf.reduce_mean(tf.square(tf.cast(outputs, "float32") - y))
+                )
             gradients = tape.gradient(loss, self.trainable_variables)
             self.optimizer.apply(gradients, self.trainable_variables)
             return {"loss": loss}

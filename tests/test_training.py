@@ -149,7 +149,9 @@ def test_custom_loop_equals_fit(reference):
 def test_gradients_without_statistics_are_refused_with_advice():
     model, optimizer = conv_net(), kfc()
     with pytest.raises(ValueError, match="layer .*conv, but never saw"):
-        optimizer.apply([tf.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
+        optimizer.apply(
+            [tf.ones(v.shape) for v in model.trainable_variables], model.trainable_variables
+        )
     with pytest.raises(ValueError, match="optimizer.build"):
         kfc().update_factors(keras_kfc.Capture(), "mse", tf.ones((1, 1)), tf.ones((1, 1)))
 

@@ -1,0 +1,137 @@
+"""How the optimizer learns of forward passes and takes factors from them."""
+
+import logging
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kfc.capture import Capture, kronecker_optimizer, take_pending
+from keras_kfc.derivatives import output_derivatives
+from keras_kfc.losses import compile_loss, loss_terms
+from keras_kfc.preconditioner import Preconditioner
+from keras_kfc.statistics import batch_gammas, batch_size_of, ordinary_gammas
+
+_logger = logging.getLogger("keras_kfc")
+# The unit of the trust region is a moving average of the loss with this decay.
+_LOSS_DECAY = 0.9
+
+
+class FactorUpdates:
+    """The part of `keras_kfc.KFC` that keeps its factors up to date."""
+
+    _preconditioner: Preconditioner | None
+
+    def update_factors(
+        self, capture: Capture, loss=None, y_true=None, y_pred=None, sample_weight=None
+    ) -> None:
+        """Updates the factors from one forward pass, if that is due.
+
+        `fit` does this by itself; custom training loops call it between the
+        forward pass and `apply_gradients`.
+
+        Args:
+            capture: The capture that was open during the forward pass.
+            loss: The loss, as `keras.Model.compile` takes it.
+            y_true: Targets.
+            y_pred: The model's outputs in the forward pass.
+            sample_weight: Sample weights or None.
+
+        Raises:
+            ValueError: If the optimizer is not built, or the loss has no known
+                Fisher matrix and `fisher` is not `"empirical"`.
+        """
+        if not self.built:
+            raise ValueError(
+                "The optimizer has no factors yet. Call "
+                "`optimizer.build(model.trainable_variables)` before `update_factors`."
+            )
+        compiled = compile_loss(loss)
+        value = compiled(y_true, y_pred, sample_weight)
+        self._update_factors(capture, compiled, y_true, y_pred, sample_weight, value)
+
+    def _update_factors(self, capture, compiled, y_true, y_pred, sample_weight, loss_value):
+        self._observe_loss(loss_value)
+        seed = tf.stack([tf.cast(self._draw_seed, tf.int64), tf.cast(self._iterations, tf.int64)])
+
+        def gammas(wanted):
+            terms = loss_terms(compiled, y_true, y_pred, sample_weight)
+            return batch_gammas(capture, output_derivatives(terms, self.fisher, seed), wanted)
+
+        self._accumulate(capture, batch_size_of(y_pred), gammas)
+
+    def _accumulate(self, capture, batch_size, gammas):
+        preconditioner = self._preconditioner
+        blocks = preconditioner.blocks_in(capture)
+        if not blocks:
+            return
+        capture.check_reachable()
+
+        def update():
+            refused = preconditioner.accumulate(capture, batch_size, gammas, self.factor_decay)
+            self.skipped_factor_updates.assign_add(tf.cast(refused, tf.int64))
+            return True
+
+        due = self._due(self.factor_update_period)
+        tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
+
+    def _due(self, period):
+        """Whether something with this period is due now, a boolean scalar."""
+        return tf.equal(self.iterations % period, 0)
+
+    def _observe_loss(self, value):
+        value = tf.abs(tf.cast(value, tf.float32))
+        rate = tf.where(tf.math.is_finite(value), 1 - _LOSS_DECAY, 0.0)
+        value = tf.where(tf.math.is_finite(value), value, 0.0)
+        self._loss_average.assign_add(rate * (value - self._loss_average))
+        self._loss_weight.assign_add(rate * (1 - self._loss_weight))
+
+    def apply(self, grads, trainable_variables=None):
+        """Updates the variables, after taking in a pending forward pass.
+
+        Args:
+            grads: Gradients.
+            trainable_variables: The variables they belong to; optional once
+                the optimizer is built.
+        """
+        if not self.built and trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            with keras.name_scope(self.name, caller=self):
+                self.build(trainable_variables)
+        capture = take_pending(self)
+        if capture is not None and self.built:
+            self._use_pending(capture)
+        super().apply(grads, trainable_variables)
+
+    def _use_pending(self, capture):
+        loss = capture.loss
+        if loss is not None:
+            self._update_factors(
+                capture, loss.compiled, loss.y_true, loss.y_pred, loss.sample_weight, loss.value
+            )
+            return
+        if self.fisher != "empirical" and not self._noticed:
+            self._noticed = True
+            _logger.warning(
+                "KFC uses the empirical Fisher matrix, because %s is trained without its "
+                "compiled loss, so that the model's own distribution is not known. On "
+                'regression this can diverge where fisher="sampled" does not. Let the train '
+                "step call `compute_loss`, or use `keras_kfc.Capture` in it.",
+                type(capture.model).__name__,
+            )
+        records = [r for r in capture.records.values() if r.ordinary_derivatives]
+        if not records:
+            return
+        batch_size = tf.shape(records[0].inputs[0])[0]
+        scale = tf.cast(batch_size, tf.float32) / self._total_loss_scale(capture.model)
+        self._accumulate(
+            capture, batch_size, lambda wanted: ordinary_gammas(capture, scale, wanted)
+        )
+
+    def _total_loss_scale(self, model):
+        """What the loss was multiplied by before the ordinary backward pass."""
+        scale = 1.0 if self.loss_scale_factor is None else float(self.loss_scale_factor)
+        outer = model.optimizer
+        if outer is not self and kronecker_optimizer(outer) is self:
+            scale *= tf.cast(outer.dynamic_scale, tf.float32)
+        return scale

@@ -1,0 +1,98 @@
+"""One step of the optimizer, given its factors: inverses, directions, trust region, momentum."""
+
+import tensorflow as tf
+
+from keras_kfc.blocks import all_finite
+from keras_kfc.fallback import adam_step
+from keras_kfc.preconditioner import Preconditioner
+
+
+class PreconditionedStep:
+    """The part of `keras_kfc.KFC` that turns gradients into updates."""
+
+    _preconditioner: Preconditioner | None
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "KFC does not support several replicas yet. Received: a strategy with "
+                f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas"
+            )
+        variables = {self._get_variable_index(v): v for v in trainable_variables}
+        gradients = {
+            index: tf.convert_to_tensor(gradient)
+            for index, gradient in zip(variables, grads, strict=True)
+        }
+        self._refresh_inverses()
+        directions = self._preconditioner.directions(gradients)
+        quadratic = tf.add_n(
+            [tf.zeros(())]
+            + [
+                tf.cast(tf.reduce_sum(tf.cast(gradients[i], d.dtype) * d), tf.float32)
+                for i, d in directions.items()
+            ]
+        )
+        usable = all_finite([quadratic, *gradients.values()])
+        learning_rate = tf.cast(learning_rate, tf.float32)
+
+        def update():
+            scale = -learning_rate * self._trust(learning_rate**2 * quadratic)
+            for index, variable in variables.items():
+                if index in directions:
+                    self._momentum_step(index, variable, scale, directions[index])
+                else:
+                    self._fallback_step(index, variable, learning_rate, gradients[index])
+            return True
+
+        def skip():
+            self.skipped_steps.assign_add(1)
+            return False
+
+        tf.cond(usable, update, skip)
+
+    def _refresh_inverses(self):
+        preconditioner = self._preconditioner
+        if not preconditioner.blocks:
+            return
+
+        def refresh():
+            refused = preconditioner.refresh_inverses(
+                tf.cast(self.damping, tf.float32), self.scale_free
+            )
+            self.skipped_inverse_updates.assign_add(tf.cast(refused, tf.int64))
+            return True
+
+        due = self._due(self.inverse_update_period)
+        tf.cond(due | preconditioner.missing_inverses(), refresh, lambda: False)
+
+    def _trust(self, quadratic):
+        """Factor in [0, 1] that keeps the step within the trust region."""
+        if self.kl_clip is None:
+            return 1.0
+        bound = tf.constant(self.kl_clip, tf.float32)
+        if self.scale_free:
+            # Before any loss has been seen the unit is 1.
+            seen = self._loss_weight > 0
+            unit = tf.math.divide_no_nan(self._loss_average.value, self._loss_weight.value)
+            bound *= tf.where(seen, unit, 1.0)
+        return tf.minimum(1.0, tf.sqrt(tf.math.divide_no_nan(bound, tf.maximum(quadratic, 0.0))))
+
+    def _momentum_step(self, index, variable, scale, direction):
+        momentum = self._momentums[index]
+        step = tf.cast(tf.cast(scale, direction.dtype) * direction, variable.dtype)
+        velocity = self.momentum * momentum + step
+        self.assign(momentum, velocity)
+        self.assign_add(variable, self.momentum * velocity + step if self.nesterov else velocity)
+
+    def _fallback_step(self, index, variable, learning_rate, gradient):
+        first, second = self._momentums[index], self._second_moments[index]
+        update, new_first, new_second = adam_step(
+            tf.cast(gradient, variable.dtype),
+            first.value,
+            second.value,
+            self.iterations + 1,
+            self.fallback_lr_ratio * learning_rate,
+        )
+        self.assign(first, new_first)
+        self.assign(second, new_second)
+        self.assign_add(variable, update)
