@@ -55,7 +55,7 @@ def optimizer_of(setting: str) -> keras.Optimizer:
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise SystemExit(f"A setting must be a call like KFC(damping=0.3), not {setting!r}.")
     arguments = [ast.literal_eval(argument) for argument in call.args]
-    options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
+    options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
     if call.func.id == "KFC":
         return keras_kfc.KFC(*arguments, **{"seed": 1, **options})
     return getattr(keras.optimizers, call.func.id)(*arguments, **options)

@@ -1,0 +1,1 @@
+"""Runnable examples, and the data sets they load."""

@@ -61,7 +61,9 @@ class KroneckerBlock:
         self.weight = add("weight")
         self.inverted = add("inverted")
 
-    def accumulate(self, omega: tf.Tensor, gamma: tf.Tensor, decay: float) -> tf.Tensor:
+    def accumulate(
+        self, omega: tf.Tensor, gamma: tf.Tensor, decay: float, sound: tf.Tensor
+    ) -> tf.Tensor:
         """Moves the averages towards the factors of one batch.
 
         The first batch counts in full and every later average is the
@@ -72,11 +74,12 @@ class KroneckerBlock:
             omega: Input factor of the batch.
             gamma: Output factor of the batch.
             decay: Decay of the moving average, in [0, 1).
+            sound: Whether the batch may be used at all, a boolean scalar.
 
         Returns:
             Whether the batch was left out, a boolean scalar.
         """
-        usable = all_finite([omega, gamma])
+        usable = sound & all_finite([omega, gamma])
 
         def update():
             weight = decay * self.weight + (1 - decay)

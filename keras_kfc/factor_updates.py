@@ -1,7 +1,6 @@
 """How the optimizer learns of forward passes and takes factors from them."""
 
 import logging
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -9,18 +8,18 @@ import tensorflow as tf
 from keras_kfc.capture import Capture, kronecker_optimizer, take_pending
 from keras_kfc.derivatives import output_derivatives
 from keras_kfc.losses import compile_loss, loss_terms
-from keras_kfc.preconditioner import Preconditioner
 from keras_kfc.statistics import batch_gammas, batch_size_of, ordinary_gammas
+from keras_kfc.step import PreconditionedStep
 
 _logger = logging.getLogger("keras_kfc")
 # The unit of the trust region is a moving average of the loss with this decay.
 _LOSS_DECAY = 0.9
 
 
-class FactorUpdates:
+class FactorUpdates(PreconditionedStep):
     """The part of `keras_kfc.KFC` that keeps its factors up to date."""
 
-    _preconditioner: Preconditioner | None
+    _noticed: bool
 
     def update_factors(
         self, capture: Capture, loss=None, y_true=None, y_pred=None, sample_weight=None

@@ -7,7 +7,6 @@ names, configuration and the graph of a functional model stay as they are.
 import dataclasses
 import io
 from collections.abc import Iterable
-from typing import Any
 
 import keras
 from rich.console import Console

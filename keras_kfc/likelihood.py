@@ -2,9 +2,9 @@
 
 The Fisher matrix is defined as the generalised Gauss-Newton matrix (GGN) of
 the Keras loss as compiled, `L = Σ_e c_e ℓ_e` in the notation of
-`keras_kfc.losses`. With `R_e R_eᵀ` the Hessian of `ℓ_e` in the outputs, its GGN is `Σ_e c_e J_eᵀ R_e R_eᵀ J_e`, which
-is the mean over B examples of `g gᵀ` for the gradients `g` that start the
-backward pass from
+`keras_kfc.losses`. With `R_e R_eᵀ` the Hessian of `ℓ_e` in the outputs, its GGN
+is `Σ_e c_e J_eᵀ R_e R_eᵀ J_e`, which is the mean over B examples of `g gᵀ` for
+the gradients `g` that start the backward pass from
 
     sqrt(B c_e) R_e z,      z with zero mean and unit covariance (sampled)
     sqrt(B c_e) R_e[:, k],  one backward pass for each k and summed (exact).

@@ -20,11 +20,10 @@ from keras_kfc.arguments import (
 from keras_kfc.derivatives import FISHERS
 from keras_kfc.factor_updates import FactorUpdates
 from keras_kfc.preconditioner import Preconditioner
-from keras_kfc.step import PreconditionedStep
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")
-class KFC(FactorUpdates, PreconditionedStep, keras.optimizers.Optimizer):
+class KFC(FactorUpdates):
     """Kronecker Factors for Convolution, an approximate natural gradient.
 
     Momentum gradient descent, preconditioned for every `keras_kfc.layers.Conv2D`
@@ -197,7 +196,7 @@ class KFC(FactorUpdates, PreconditionedStep, keras.optimizers.Optimizer):
         self.skipped_inverse_updates = self._counter("skipped_inverse_updates")
         self._loss_average = self.add_variable((), dtype="float32", name="loss_average")
         self._loss_weight = self.add_variable((), dtype="float32", name="loss_weight")
-        self._preconditioner: Preconditioner | None = None
+        self._preconditioner: Any = None
         self._momentums: tuple[Any, ...] = ()
         self._second_moments: tuple[Any, ...] = ()
         self._noticed = False

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfc.blocks import KroneckerBlock
+from keras_kfc.blocks import KroneckerBlock, all_finite
 from keras_kfc.capture import Capture
 from keras_kfc.layers import layer_of
 from keras_kfc.linalg import invert_blocks
@@ -96,7 +96,12 @@ class Preconditioner:
         omegas = batch_omegas(
             capture, batch_size, {key: block.bias is not None for key, block in blocks.items()}
         )
-        refused = [blocks[key].accumulate(omegas[key], new_gammas[key], decay) for key in blocks]
+        # A NaN can stop at a rectifier, so that layers above it look sound: where an
+        # input of one layer is broken, the batch is.
+        sound = all_finite([a for record in capture.records.values() for a in record.inputs])
+        refused = [
+            blocks[key].accumulate(omegas[key], new_gammas[key], decay, sound) for key in blocks
+        ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
     def missing_inverses(self) -> tf.Tensor:
@@ -159,9 +164,10 @@ class Preconditioner:
             kernel, bias = self._block_gradients(block, gradients)
             joint = block.precondition(block.geometry.to_joint(kernel, bias))
             kernel, bias = block.geometry.from_joint(joint)
-            for index, direction in ((block.kernel, kernel), (block.bias, bias)):
-                if index in present:
-                    directions[index] = direction
+            if block.kernel in present:
+                directions[block.kernel] = kernel
+            if block.bias is not None and block.bias in present:
+                directions[block.bias] = bias
         return directions
 
     def _block_gradients(self, block, gradients):

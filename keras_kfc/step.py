@@ -1,5 +1,6 @@
 """One step of the optimizer, given its factors: inverses, directions, trust region, momentum."""
 
+import keras
 import tensorflow as tf
 
 from keras_kfc.blocks import all_finite
@@ -7,10 +8,10 @@ from keras_kfc.fallback import adam_step
 from keras_kfc.preconditioner import Preconditioner
 
 
-class PreconditionedStep:
+class PreconditionedStep(keras.optimizers.Optimizer):
     """The part of `keras_kfc.KFC` that turns gradients into updates."""
 
-    _preconditioner: Preconditioner | None
+    _preconditioner: Preconditioner
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import naive_gamma, naive_omega, naive_patches, relative_error, softmax
 
 import keras_kfc
+from conftest import naive_gamma, naive_omega, naive_patches, relative_error, softmax
 from keras_kfc.factors import ConvGeometry, DenseGeometry, input_factor, output_factor
 from keras_kfc.patches import extract_patches, patch_second_moment
 
@@ -107,10 +107,7 @@ def test_dense_on_higher_ranks_counts_middle_axes_as_positions():
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_joint_matrix_splits_back(geometry, use_bias):
     rng = np.random.default_rng(0)
-    if isinstance(geometry, DenseGeometry):
-        shape = (5, 4)
-    else:
-        shape = (2, 3, 4 // geometry.groups, 6)
+    shape = (5, 4) if isinstance(geometry, DenseGeometry) else (2, 3, 4 // geometry.groups, 6)
     kernel = tf.constant(rng.normal(size=shape))
     bias = tf.constant(rng.normal(size=shape[-1:])) if use_bias else None
     joint = geometry.to_joint(kernel, bias)

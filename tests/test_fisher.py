@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import explicit_ggn, relative_error
 
 import keras_kfc
+from conftest import explicit_ggn, relative_error
 from keras_kfc.linalg import block_damping, damped_inverse
 
 

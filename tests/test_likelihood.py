@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import explicit_ggn, relative_error
 
 import keras_kfc
+from conftest import explicit_ggn, relative_error
 from keras_kfc.likelihood import distribution_of
 from keras_kfc.losses import LossTerm
 
@@ -226,7 +226,7 @@ def test_classes_on_another_axis(from_logits):
 def test_other_losses_are_refused_with_advice(fisher):
     model = keras_kfc.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
     model.compile(optimizer=keras_kfc.KFC(fisher=fisher), loss="huber")
-    with pytest.raises(ValueError, match='loss="huber".*fisher="empirical"'):
+    with pytest.raises(ValueError, match=r'loss="huber".*fisher="empirical"'):
         model.fit(np.ones((4, 4)), np.ones((4, 2)), verbose=0)
 
 

@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import relative_error
 from nets import conv_net, conv_stack, flat_weights, image_batch, train
 
 import keras_kfc
+from conftest import relative_error
 
 
 def kfc(**kwargs):
@@ -116,7 +116,6 @@ def test_custom_train_step_with_a_loss_of_its_own_gets_the_empirical_fisher(capl
             return {"loss": loss}
 
     first, model = conv_net(), conv_net(model=Custom)
-    images, labels = image_batch()
     with caplog.at_level(logging.WARNING, "keras_kfc"):
         train(model, kfc(), steps=3)
     assert len([r for r in caplog.records if "empirical" in r.getMessage()]) == 1
@@ -148,11 +147,11 @@ def test_custom_loop_equals_fit(reference):
 
 def test_gradients_without_statistics_are_refused_with_advice():
     model, optimizer = conv_net(), kfc()
-    with pytest.raises(ValueError, match="layer .*conv, but never saw"):
+    with pytest.raises(ValueError, match=r"layer .*conv, but never saw"):
         optimizer.apply(
             [tf.ones(v.shape) for v in model.trainable_variables], model.trainable_variables
         )
-    with pytest.raises(ValueError, match="optimizer.build"):
+    with pytest.raises(ValueError, match=r"optimizer\.build"):
         kfc().update_factors(keras_kfc.Capture(), "mse", tf.ones((1, 1)), tf.ones((1, 1)))
 
 
@@ -217,7 +216,7 @@ def test_learning_rate_and_damping_are_read_and_set_during_training():
     train_more = {"epochs": 2, "verbose": 0, "batch_size": 32}
     model.fit(*image_batch(), **train_more)
     assert float(optimizer.learning_rate) == float(optimizer.damping) == 0.25
-    with pytest.raises(TypeError, match="`damping` is not settable|damping is not settable"):
+    with pytest.raises(TypeError, match="damping is not settable"):
         optimizer.damping = 0.1
 
     model, optimizer = conv_net(), kfc(kl_clip=None)
@@ -238,7 +237,7 @@ def test_learning_rate_and_damping_are_read_and_set_during_training():
 
 
 def test_trust_region_bounds_the_quadratic_form():
-    """One step from rest: the squared Fisher norm of the update stays at `kl_clip` times the loss."""
+    """One step from rest: the update's squared Fisher norm is `kl_clip` times the loss."""
     images, labels = image_batch()
     for kl_clip in (1e-6, 1e-4):
         model = conv_net(batch_norm=False)
