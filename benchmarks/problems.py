@@ -13,6 +13,7 @@ import numpy as np
 from keras import layers
 
 from examples.data import load_digits, load_fashion_mnist
+from examples.nets import digits_net, fashion_net
 
 
 @dataclasses.dataclass
@@ -36,20 +37,6 @@ class Problem:
     targets: np.ndarray
     batch_size: int = 256
     evaluation: int = 10_000
-
-
-def conv_net(batch_norm: bool = False) -> keras.Model:
-    """The conv net of the paper's kind, small: three convolutions, pooling, one dense layer."""
-    keras.utils.set_random_seed(1)
-    stack: list[keras.Layer] = [keras.Input((28, 28, 1))]
-    for filters, kernel, pool in ((16, 5, 3), (32, 5, 3), (32, 3, 2)):
-        stack.append(layers.Conv2D(filters, kernel, padding="same", kernel_initializer="he_normal"))
-        if batch_norm:
-            stack.append(layers.BatchNormalization())
-        stack += [layers.ReLU(), layers.MaxPooling2D(pool, 2, padding="same")]
-    stack += [layers.Flatten(), layers.Dense(10, kernel_initializer="he_normal")]
-    stack.append(layers.Softmax())
-    return keras.Sequential(stack)
 
 
 def mlp() -> keras.Model:
@@ -78,21 +65,6 @@ def autoencoder() -> keras.Model:
     return keras.Sequential([*stack, layers.Dense(784)])
 
 
-def digits_net() -> keras.Model:
-    """The quickstart's net on 8x8 digits."""
-    keras.utils.set_random_seed(1)
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.Flatten(),
-            layers.Dense(10, activation="softmax"),
-        ]
-    )
-
-
 def problems(data_dir: str | None = None, examples: int = 20_000) -> dict[str, Problem]:
     """All test problems by name.
 
@@ -108,8 +80,8 @@ def problems(data_dir: str | None = None, examples: int = 20_000) -> dict[str, P
     return {
         problem.name: problem
         for problem in (
-            Problem("conv", conv_net, crossentropy, images, labels),
-            Problem("conv-bn", lambda: conv_net(True), crossentropy, images, labels),
+            Problem("conv", fashion_net, crossentropy, images, labels),
+            Problem("conv-bn", lambda: fashion_net(batch_norm=True), crossentropy, images, labels),
             Problem("mlp", mlp, crossentropy, images, labels),
             Problem("autoencoder", autoencoder, "mean_squared_error", flat, flat),
             Problem(

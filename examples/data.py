@@ -35,6 +35,14 @@ class ImageData:
     test_images: np.ndarray
     test_labels: np.ndarray
 
+    def first(self, count: int) -> "ImageData":
+        """The same test set with only the first `count` training images."""
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[:count],
+            train_labels=self.train_labels[:count],
+        )
+
 
 def load_digits() -> ImageData:
     """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships.

@@ -71,12 +71,8 @@ class FactorUpdates(PreconditionedStep):
             self.skipped_factor_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 
-        due = self._due(self.factor_update_period)
+        due = self._is_due(self.factor_update_period)
         tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
-
-    def _due(self, period):
-        """Whether something with this period is due now, a boolean scalar."""
-        return tf.equal(self.iterations % period, 0)
 
     def _observe_loss(self, value):
         value = tf.abs(tf.cast(value, tf.float32))

@@ -6,6 +6,7 @@ names, configuration and the graph of a functional model stay as they are.
 
 import dataclasses
 import io
+import math
 from collections.abc import Iterable
 
 import keras
@@ -216,7 +217,7 @@ def coverage(model: keras.Model) -> Coverage:
                 reason = "a subclass may compute something else"
             else:
                 reason = "no block for this class"
-        count = sum(int(variable.size) for variable in own) if layer.built else None
+        count = sum(math.prod(variable.shape) for variable in own) if layer.built else None
         entries.append(LayerCoverage(layer.path, type(layer).__name__, count, covered, reason))
     return Coverage(entries)
 

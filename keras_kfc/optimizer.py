@@ -39,10 +39,11 @@ class KFC(FactorUpdates):
         p ← μ p + v
         θ ← θ + μ p + v    (θ ← θ + p without Nesterov momentum)
 
-    with `ν` estimated as `v · (-α D)`, summed over layers. Both the damping and the
-    trust region are free of scale by default: `λ` is `damping` times the mean
-    eigenvalue of the layer's own block, and `C` is `kl_clip` times a moving
-    average of the loss. A constant factor on the loss then changes nothing.
+    Updates that have a period are due more often at the start, at steps 1, 2, 4,
+    8, ... below it. `ν` is estimated as `v · (-α D)`, summed over layers. Both the
+    damping and the trust region are free of scale by default: `λ` is `damping`
+    times the mean eigenvalue of the layer's own block, and `C` is `kl_clip` times
+    a moving average of the loss. A constant factor on the loss then changes nothing.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled
     loss: categorical, sparse categorical and binary cross-entropy and mean

@@ -63,8 +63,19 @@ class PreconditionedStep(keras.optimizers.Optimizer):
             self.skipped_inverse_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 
-        due = self._due(self.inverse_update_period)
+        due = self._is_due(self.inverse_update_period)
         tf.cond(due | preconditioner.missing_inverses(), refresh, lambda: False)
+
+    def _is_due(self, period):
+        """Whether something with this period is due now, a boolean scalar.
+
+        At the start of training curvature changes within a few steps, and with
+        inverses of the very first step the trust region lets steps pass that are
+        far too long. So what has a period is due at steps 1, 2, 4, 8, ... below it, too.
+        """
+        step = tf.cast(self.iterations, tf.int64)
+        starting = (step < period) & tf.equal(tf.bitwise.bitwise_and(step, step - 1), 0)
+        return starting | tf.equal(step % period, 0)
 
     def _trust(self, quadratic):
         """Factor in [0, 1] that keeps the step within the trust region."""

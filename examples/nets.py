@@ -1,0 +1,34 @@
+"""The networks of the examples and benchmarks, with the same initial weights for a seed."""
+
+import keras
+from keras import layers
+
+
+def digits_net(seed: int = 1) -> keras.Model:
+    """A small conv net for 8x8 digits: two convolutions, dropout, one dense layer."""
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(16, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(32, 3, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dropout(0.3),
+            layers.Dense(10, activation="softmax"),
+        ]
+    )
+
+
+def fashion_net(seed: int = 1, batch_norm: bool = False) -> keras.Model:
+    """A conv net of the paper's kind for 28x28 images: three convolutions, one dense layer."""
+    keras.utils.set_random_seed(seed)
+    stack: list[keras.Layer] = [keras.Input((28, 28, 1))]
+    for filters, kernel, pool in ((16, 5, 3), (32, 5, 3), (32, 3, 2)):
+        stack.append(layers.Conv2D(filters, kernel, padding="same", kernel_initializer="he_normal"))
+        if batch_norm:
+            stack.append(layers.BatchNormalization())
+        stack += [layers.ReLU(), layers.MaxPooling2D(pool, 2, padding="same")]
+    stack += [layers.Flatten(), layers.Dense(10, kernel_initializer="he_normal")]
+    stack.append(layers.Softmax())
+    return keras.Sequential(stack)

@@ -1,0 +1,238 @@
+"""`instrument`, `strip` and `coverage` on every kind of Keras model."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from nets import conv_net, flat_weights, image_batch, train
+
+import keras_kfc
+
+
+def functional_with_branches():
+    inputs = keras.Input((8, 8, 2), name="images")
+    left = layers.Conv2D(4, 3, padding="same", name="left")(inputs)
+    right = layers.Conv2D(4, 1, name="right")(inputs)
+    joined = layers.Flatten()(layers.Add()([left, right]))
+    return keras.Model(inputs, layers.Dense(3, activation="softmax", name="head")(joined))
+
+
+def nested():
+    inner = keras.Sequential(
+        [keras.Input((8, 8, 2)), layers.Conv2D(4, 3, name="deep"), layers.ReLU()], name="inner"
+    )
+    inputs = keras.Input((8, 8, 2))
+    outputs = layers.Flatten()(inner(inputs))
+    return keras.Model(inputs, layers.Dense(3, activation="softmax", name="head")(outputs))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Subclassed(keras.Model):
+    """Layers as attributes, in lists and in dicts."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.convolutions = [layers.Conv2D(4, 3, strides=2, name=f"conv_{i}") for i in range(2)]
+        self.heads = {"main": layers.Dense(3, activation="softmax", name="head")}
+        self.flatten = layers.Flatten()
+
+    def call(self, inputs):
+        for convolution in self.convolutions:
+            inputs = convolution(inputs)
+        return self.heads["main"](self.flatten(inputs))
+
+
+MODELS = {
+    "sequential": (lambda: conv_net(layers, batch_norm=False), ["conv", "dense"]),
+    "unbuilt sequential": (
+        lambda: keras.Sequential(
+            [layers.Conv2D(4, 3, name="conv"), layers.Flatten(), layers.Dense(3, "softmax")]
+        ),
+        ["conv", "dense"],
+    ),
+    "functional": (functional_with_branches, ["left", "right", "head"]),
+    "nested": (nested, ["deep", "head"]),
+    "subclassed": (Subclassed, ["conv_0", "conv_1", "head"]),
+}
+
+
+def leaf_names(paths):
+    return [path.split("/")[-1] for path in paths]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_is_covered_and_trained(name):
+    build, expected = MODELS[name]
+    images, _ = image_batch()
+    model = build()
+    plain_outputs = model(images).numpy()
+    assert keras_kfc.coverage(model).covered == []
+    assert keras_kfc.instrument(model) is model
+    assert sorted(leaf_names(keras_kfc.coverage(model).covered)) == sorted(expected)
+    np.testing.assert_array_equal(model(images).numpy(), plain_outputs)
+    before = [w.copy() for w in model.get_weights()]
+    train(model, keras_kfc.KFC(), steps=2)
+    assert sorted(leaf_names(b.path for b in model.optimizer.blocks)) == sorted(expected)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        assert np.abs(new - old).max() > 0
+    assert all(np.abs(block.gamma).max() > 0 for block in model.optimizer.blocks)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_strip_undoes_instrument(name):
+    build, _ = MODELS[name]
+    images, _ = image_batch()
+    model = build()
+    model(images)
+    classes = [type(layer) for layer in model._flatten_layers()]
+    weights = flat_weights(model)
+    keras_kfc.instrument(model)
+    assert classes != [type(layer) for layer in model._flatten_layers()]
+    assert keras_kfc.strip(model) is model
+    assert classes == [type(layer) for layer in model._flatten_layers()]
+    np.testing.assert_array_equal(flat_weights(model), weights)
+    for variable in model.trainable_variables:
+        assert not hasattr(variable, "kronecker_layer")
+
+
+def test_instrument_is_idempotent():
+    model = keras_kfc.instrument(conv_net(layers))
+    state = [(type(layer), dict(vars(layer))) for layer in model._flatten_layers()]
+    keras_kfc.instrument(model)
+    assert state == [(type(layer), dict(vars(layer))) for layer in model._flatten_layers()]
+    train(model, keras_kfc.KFC(seed=1), steps=1)
+    again = keras_kfc.instrument(keras_kfc.instrument(conv_net(layers)))
+    train(again, keras_kfc.KFC(seed=1), steps=1)
+    np.testing.assert_array_equal(flat_weights(again), flat_weights(model))
+
+
+def test_strip_of_a_trained_model_goes_on_with_another_optimizer():
+    model = conv_net()
+    train(model, keras_kfc.KFC(), steps=2)
+    predictions = model.predict(image_batch()[0], verbose=0)
+    keras_kfc.strip(model)
+    np.testing.assert_array_equal(model.predict(image_batch()[0], verbose=0), predictions)
+    train(model, "adam", steps=2)
+    assert np.isfinite(flat_weights(model)).all()
+
+
+def test_stripped_model_with_kfc_still_compiled_trains_by_the_fallback_rule():
+    model = keras_kfc.strip(conv_net())
+    train(model, keras_kfc.KFC(), steps=2)
+    assert model.optimizer.blocks == []
+
+
+def test_instrumenting_a_compiled_and_trained_model_takes_effect_at_the_next_compile():
+    model = conv_net(layers)
+    train(model, "sgd", steps=1)
+    keras_kfc.instrument(model)
+    train(model, keras_kfc.KFC(), steps=1)
+    assert len(model.optimizer.blocks) == 2
+
+
+def test_model_compiled_before_instrument_trains_with_blocks():
+    """The optimizer is not built before the first step, so the order does not matter."""
+    images, labels = image_batch()
+    model = conv_net(layers)
+    model.compile(keras_kfc.KFC(), "sparse_categorical_crossentropy")
+    keras_kfc.instrument(model)
+    model.fit(images, labels, verbose=0)
+    assert len(model.optimizer.blocks) == 2
+
+
+def test_exclude_leaves_layers_to_the_fallback_rule():
+    for by in ("name", "path"):
+        model = conv_net(layers)
+        keras_kfc.instrument(model, exclude=[getattr(model.layers[0], by)])
+        assert leaf_names(keras_kfc.coverage(model).covered) == ["dense"]
+        train(model, keras_kfc.KFC(), steps=1)
+        assert [block.path for block in model.optimizer.blocks] == [model.layers[-1].path]
+    model = keras_kfc.instrument(conv_net(layers))
+    keras_kfc.instrument(model, exclude="dense")
+    assert leaf_names(keras_kfc.coverage(model).covered) == ["conv"]
+
+
+def test_bad_arguments_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"`exclude`.*lacks \['denze'\]"):
+        keras_kfc.instrument(conv_net(layers), exclude=["denze"])
+    for function in (keras_kfc.instrument, keras_kfc.strip, keras_kfc.coverage):
+        with pytest.raises(TypeError, match=r"`model` must be an instance of `keras.Model`"):
+            function(layers.Dense(2))
+
+
+def test_coverage_tells_why_layers_fall_back():
+    class Scaled(layers.Dense):
+        """A subclass whose outputs are not those of a dense layer."""
+
+        def call(self, inputs):
+            return 2 * super().call(inputs)
+
+    frozen = layers.Dense(4, name="frozen")
+    frozen.trainable = False
+    inputs = keras.Input((6, 8), name="words")
+    hidden = layers.TimeDistributed(layers.Dense(4, name="inner"), name="steps")(inputs)
+    hidden = layers.LSTM(4, return_sequences=True, name="lstm")(hidden)
+    hidden = layers.BatchNormalization(name="norm")(Scaled(4, name="scaled")(hidden))
+    hidden = frozen(hidden)
+    outputs = layers.Dense(1, name="head")(layers.Flatten()(hidden))
+    model = keras_kfc.instrument(keras.Model(inputs, outputs))
+    coverage = keras_kfc.coverage(model)
+    reasons = {path.split("/")[-1]: reason for path, reason in coverage.fallback.items()}
+    assert leaf_names(coverage.covered) == ["head"]
+    assert reasons["inner"] == "inside TimeDistributed"
+    assert reasons["norm"] == "no block for this class"
+    assert reasons["scaled"] == "a subclass may compute something else"
+    assert any("inside LSTM" in reason for reason in reasons.values())
+    shown = str(coverage)
+    for text in ("head", "Kronecker block", "inside TimeDistributed", "BatchNormalization"):
+        assert text in shown
+    model.compile(keras_kfc.KFC(), "mse")
+    rng = np.random.default_rng(0)
+    before = model.get_weights()
+    model.fit(rng.normal(size=(8, 6, 8)), rng.normal(size=(8, 1)), verbose=0)
+    changed = {
+        v.path.split("/")[-2]
+        for v, old in zip(model.weights, before, strict=True)
+        if np.abs(v.numpy() - old).max() > 0
+    }
+    assert {"head", "scaled", "norm"} <= changed
+    assert "frozen" not in changed
+
+
+def test_verbose_prints_the_table(capsys):
+    keras_kfc.instrument(conv_net(layers), verbose=True)
+    printed = capsys.readouterr().out
+    assert "Kronecker block" in printed and "norm" in printed
+
+
+@pytest.mark.parametrize("application", ["MobileNetV2", "ResNet50V2", "DenseNet121"])
+def test_keras_applications_are_covered_and_serve_the_same(application):
+    build = getattr(keras.applications, application)
+    model = build(weights=None, input_shape=(32, 32, 3), classes=4)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    before = model(images).numpy()
+    keras_kfc.instrument(model)
+    expected = [
+        layer.path
+        for layer in model._flatten_layers()
+        if isinstance(layer, (layers.Conv2D, layers.Dense))
+        and not isinstance(layer, layers.DepthwiseConv2D)
+    ]
+    assert keras_kfc.coverage(model).covered == expected and len(expected) > 30
+    np.testing.assert_array_equal(model(images).numpy(), before)
+
+
+def test_an_application_trains():
+    keras.utils.set_random_seed(3)
+    model = keras.applications.MobileNetV2(
+        weights=None, input_shape=(32, 32, 3), classes=3, alpha=0.35
+    )
+    keras_kfc.instrument(model)
+    model.compile(keras_kfc.KFC(seed=1), "sparse_categorical_crossentropy")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 48)
+    images = (rng.normal(size=(48, 32, 32, 3)) + labels[:, None, None, None]).astype("float32")
+    history = model.fit(images, labels, batch_size=16, epochs=6, shuffle=False, verbose=0)
+    losses = history.history["loss"]
+    assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
+    assert int(model.optimizer.skipped_steps) == 0
