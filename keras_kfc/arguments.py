@@ -1,8 +1,9 @@
-"""Checks of KFC's own arguments, with messages in Keras's style."""
+"""Checks of the optimizer's arguments, with messages in Keras's style."""
 
 import contextlib
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -90,3 +91,29 @@ def check_seed(value: Any) -> int | None:
     if not 0 <= operator.index(value) < 2**31:
         raise ValueError(f"Argument `seed` must be in [0, 2**31). Received: seed={value!r}")
     return operator.index(value)
+
+
+def check_base_arguments(arguments: Mapping[str, Any]) -> None:
+    """Checks the arguments that all Keras optimizers take, as far as Keras does not.
+
+    Args:
+        arguments: Their values by name.
+
+    Raises:
+        TypeError: If one is of another type than it should be.
+        ValueError: If one is out of range.
+    """
+    learning_rate = arguments["learning_rate"]
+    # Schedules, callables and what is none of these are left to Keras.
+    if isinstance(learning_rate, (int, float)):
+        check_number("learning_rate", learning_rate, 0)
+    for name in ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"):
+        if arguments[name] is not None:
+            check_number(name, arguments[name], 0, exclude_low=True)
+    if arguments["weight_decay"] is not None:
+        check_number("weight_decay", arguments["weight_decay"], 0)
+    check_boolean("use_ema", arguments["use_ema"])
+    check_number("ema_momentum", arguments["ema_momentum"], 0, 1)
+    for name in ("ema_overwrite_frequency", "gradient_accumulation_steps"):
+        if arguments[name] is not None:
+            check_positive_integer(name, arguments[name])

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from keras_kfc.arguments import (
+    check_base_arguments,
     check_boolean,
     check_choice,
     check_number,
@@ -158,20 +159,20 @@ class KFC(FactorUpdates):
         name="kfc",
         **kwargs,
     ):
-        super().__init__(
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            name=name,
-            **kwargs,
-        )
+        base = {
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "clipnorm": clipnorm,
+            "clipvalue": clipvalue,
+            "global_clipnorm": global_clipnorm,
+            "use_ema": use_ema,
+            "ema_momentum": ema_momentum,
+            "ema_overwrite_frequency": ema_overwrite_frequency,
+            "loss_scale_factor": loss_scale_factor,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+        }
+        check_base_arguments(base)
+        super().__init__(name=name, **base, **kwargs)
         self.momentum = check_number("momentum", momentum, 0, 1)
         self.nesterov = check_boolean("nesterov", nesterov)
         if kl_clip is not None:

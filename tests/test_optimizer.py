@@ -1,0 +1,192 @@
+"""Arguments, configuration and settable values of the optimizer."""
+
+import keras
+import numpy as np
+import pytest
+from nets import conv_net, flat_weights, image_batch, train
+
+import keras_kfc
+
+NUMBERS = {
+    "damping": (-0.1, float("nan"), float("inf")),
+    "momentum": (-0.1, 1.0),
+    "kl_clip": (0.0, -1.0),
+    "factor_decay": (-0.1, 1.0),
+    "fallback_lr_ratio": (-0.1,),
+    "factor_update_period": (0, -3),
+    "inverse_update_period": (0,),
+    "seed": (-1, 2**31),
+    "learning_rate": (-1.0, float("nan"), float("inf")),
+    "weight_decay": (-1.0,),
+    "clipnorm": (0.0, -1.0),
+    "clipvalue": (-1.0,),
+    "global_clipnorm": (0.0,),
+    "loss_scale_factor": (0.0,),
+    "ema_momentum": (2.0, -0.1),
+    "gradient_accumulation_steps": (0, 1),
+    "ema_overwrite_frequency": (0,),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values]
+)
+def test_values_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be.*Received: {name}="):
+        keras_kfc.KFC(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "name", [*(n for n in NUMBERS if n != "learning_rate"), "nesterov", "scale_free", "use_ema"]
+)
+@pytest.mark.parametrize("value", ["high", [1], {}])
+def test_values_of_another_type_are_refused_by_name(name, value):
+    with pytest.raises(TypeError, match=rf"`{name}` must be.*Received: {name}="):
+        keras_kfc.KFC(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["fast", [1], {}])
+def test_learning_rate_of_another_type_is_refused_by_name(value):
+    with pytest.raises((TypeError, ValueError), match="`learning_rate` should be"):
+        keras_kfc.KFC(learning_rate=value)
+
+
+def test_periods_must_be_whole():
+    for name in ("factor_update_period", "inverse_update_period"):
+        with pytest.raises(TypeError, match=f"`{name}` must be a positive integer"):
+            keras_kfc.KFC(**{name: 2.5})
+
+
+def test_fisher_must_be_a_known_kind():
+    with pytest.raises(ValueError, match=r"`fisher` must be one of.*Received: fisher='true'"):
+        keras_kfc.KFC(fisher="true")
+
+
+def test_unknown_arguments_are_refused_by_name():
+    with pytest.raises(ValueError, match="not_an_argument"):
+        keras_kfc.KFC(not_an_argument=1)
+
+
+SETTINGS = {
+    "learning_rate": 0.01,
+    "damping": 0.5,
+    "momentum": 0.8,
+    "nesterov": False,
+    "kl_clip": None,
+    "fisher": "exact",
+    "factor_decay": 0.9,
+    "factor_update_period": 3,
+    "inverse_update_period": 7,
+    "scale_free": False,
+    "fallback_lr_ratio": 0.1,
+    "seed": 5,
+    "weight_decay": 1e-3,
+    "clipnorm": 1.0,
+    "use_ema": True,
+    "ema_momentum": 0.9,
+    "gradient_accumulation_steps": 2,
+    "name": "mine",
+}
+
+
+def test_config_round_trip():
+    optimizer = keras_kfc.KFC(**SETTINGS)
+    config = optimizer.get_config()
+    for name, value in SETTINGS.items():
+        assert config[name] == pytest.approx(value), name
+    assert keras_kfc.KFC.from_config(config).get_config() == config
+    restored = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert type(restored) is keras_kfc.KFC and restored.get_config() == config
+
+
+def test_schedules_survive_the_config():
+    decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    growth = keras.optimizers.schedules.PolynomialDecay(0.5, 20, 0.1)
+    optimizer = keras_kfc.KFC(learning_rate=decay, damping=growth)
+    restored = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert restored.get_config() == optimizer.get_config()
+    restored.iterations.assign(20)
+    assert float(restored.damping) == pytest.approx(0.1)
+    assert float(restored.learning_rate) == pytest.approx(0.025)
+
+
+def test_every_argument_is_in_the_config_and_the_docstring():
+    import inspect
+
+    names = [n for n in inspect.signature(keras_kfc.KFC).parameters if n != "kwargs"]
+    config = keras_kfc.KFC().get_config()
+    for name in names:
+        assert name in config
+        assert f"\n        {name}: " in inspect.cleandoc(keras_kfc.KFC.__doc__).replace(
+            "\n    ", "\n        "
+        )
+
+
+def test_every_attribute_exists_from_the_start():
+    """Keras's serialisation tests compare `dir` before and after a round trip."""
+    optimizer = keras_kfc.KFC()
+    assert set(dir(optimizer)) == set(dir(keras_kfc.KFC.from_config(optimizer.get_config())))
+    before = set(vars(optimizer))
+    train(conv_net(), optimizer, steps=1)
+    assert set(vars(optimizer)) - before <= {"built"} | {
+        name for name in vars(optimizer) if name.startswith("_")
+    }
+
+
+def test_learning_rate_and_damping_can_be_read_and_set_during_training():
+    images, labels = image_batch()
+    model = conv_net()
+    train(model, keras_kfc.KFC(learning_rate=0.02, damping=0.7), steps=1)
+    optimizer = model.optimizer
+    assert float(optimizer.learning_rate) == pytest.approx(0.02)
+    assert float(optimizer.damping) == pytest.approx(0.7)
+    optimizer.learning_rate = 0.0
+    weights = flat_weights(model)[: model.layers[0].count_params()]
+    model.fit(images, labels, batch_size=32, verbose=0)
+    optimizer.damping = 0.1
+    assert float(optimizer.damping) == pytest.approx(0.1)
+    assert optimizer.get_config()["damping"] == pytest.approx(0.1)
+    # With a rate of zero only momentum moves the weights.
+    moved = flat_weights(model)[: model.layers[0].count_params()]
+    assert np.isfinite(moved).all() and not np.array_equal(moved, weights)
+    with pytest.raises(ValueError, match="damping"):
+        optimizer.damping = -1.0
+
+
+def test_damping_set_in_training_is_used_at_the_next_inverse():
+    images, labels = image_batch()
+    inverses = []
+    for damping in (0.3, 30.0):
+        model = conv_net()
+        model.compile(
+            keras_kfc.KFC(seed=1, inverse_update_period=1), "sparse_categorical_crossentropy"
+        )
+        model.train_on_batch(images, labels)
+        model.optimizer.damping = damping
+        model.train_on_batch(images, labels)
+        inverses.append(np.linalg.norm(model.optimizer.blocks[0].omega_inverse.numpy()))
+    assert inverses[1] < 0.5 * inverses[0]
+
+
+def test_weights_of_the_optimizer_have_one_order():
+    """Keras restores optimizer variables by position."""
+    orders = []
+    for _ in range(2):
+        keras.backend.clear_session()
+        model = conv_net()
+        train(model, keras_kfc.KFC(), steps=1)
+        orders.append([(v.name, tuple(v.shape)) for v in model.optimizer.variables])
+    assert orders[0] == orders[1]
+
+
+def test_two_optimizers_are_independent():
+    first, second, alone = conv_net(seed=1), conv_net(seed=2), conv_net(seed=1)
+    images, labels = image_batch()
+    for model in (first, second, alone):
+        model.compile(keras_kfc.KFC(seed=3), "sparse_categorical_crossentropy")
+    for _ in range(3):
+        first.train_on_batch(images, labels)
+        second.train_on_batch(images, labels)
+        alone.train_on_batch(images, labels)
+    np.testing.assert_array_equal(flat_weights(first), flat_weights(alone))
+    assert not np.array_equal(flat_weights(first), flat_weights(second))
