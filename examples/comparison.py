@@ -70,23 +70,17 @@ class _LossCurve(keras.callbacks.Callback):
         self._run, self._every = run, every
         self._images, self._labels = data.train_images[:10_000], data.train_labels[:10_000]
         self._iteration, self._seconds = 0, 0.0
-        model = run.model
-
-        @tf.function
-        def total(images, labels):
-            return tf.reduce_sum(
-                keras.losses.sparse_categorical_crossentropy(labels, model(images, training=False))
-            )
-
-        self._total = total
 
     def measure(self) -> None:
         """Adds a point to the curve."""
-        chunks = range(0, len(self._images), 1000)
-        total = sum(
-            float(self._total(self._images[i : i + 1000], self._labels[i : i + 1000]))
-            for i in chunks
-        )
+        total = 0.0
+        for first in range(0, len(self._images), 1000):
+            chunk = slice(first, first + 1000)
+            probabilities = self._run.model(self._images[chunk], training=False)
+            losses = keras.losses.sparse_categorical_crossentropy(
+                self._labels[chunk], probabilities
+            )
+            total += float(tf.reduce_sum(losses))
         self._run.iterations.append(self._iteration)
         self._run.seconds.append(self._seconds)
         self._run.losses.append(total / len(self._images))

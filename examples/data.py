@@ -14,6 +14,8 @@ FASHION_FILES = (
     "t10k-labels-idx1-ubyte.gz",
 )
 
+_ADVICE = "get a fresh copy, for example from Debian's package dataset-fashion-mnist"
+
 
 class DataError(Exception):
     """A data file is missing or broken; the message says which and what to do."""
@@ -69,7 +71,15 @@ def load_fashion_mnist(data_dir: str | None = None) -> ImageData:
     """
     if data_dir is not None:
         folder = pathlib.Path(data_dir)
-        return _standardise(*(read_idx(folder / name) for name in FASHION_FILES))
+        arrays = [read_idx(folder / name) for name in FASHION_FILES]
+        for i in (0, 2):
+            if len(arrays[i]) != len(arrays[i + 1]) or arrays[i].shape[1:] != (28, 28):
+                raise DataError(
+                    f"The files {folder / FASHION_FILES[i]} and {folder / FASHION_FILES[i + 1]} "
+                    f"should hold images of 28x28 pixels and as many labels but hold arrays of "
+                    f"shape {arrays[i].shape} and {arrays[i + 1].shape}: {_ADVICE}."
+                )
+        return _standardise(*arrays)
     import keras
 
     try:
@@ -96,25 +106,24 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     Raises:
         DataError: If the file is missing, damaged, or of another format.
     """
-    advice = "get a fresh copy, for example from Debian's package dataset-fashion-mnist"
     if not path.is_file():
-        raise DataError(f"The file {path} is missing: {advice}, or mend --data-dir.")
+        raise DataError(f"The file {path} is missing: {_ADVICE}, or mend --data-dir.")
     try:
         with gzip.open(path) as stream:
             content = stream.read()
     except (OSError, EOFError) as error:
-        raise DataError(f"The file {path} is damaged ({error}): {advice}.") from error
+        raise DataError(f"The file {path} is damaged ({error}): {_ADVICE}.") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise DataError(f"The file {path} is not an IDX file of bytes: {advice}.")
+        raise DataError(f"The file {path} is not an IDX file of bytes: {_ADVICE}.")
     rank = content[3]
     header = 4 + 4 * rank
     if len(content) < header:
-        raise DataError(f"The file {path} is cut short: {advice}.")
+        raise DataError(f"The file {path} is cut short: {_ADVICE}.")
     shape = struct.unpack(f">{rank}I", content[4:header])
     if len(content) - header != int(np.prod(shape)):
         raise DataError(
             f"The file {path} should hold {int(np.prod(shape)):,} bytes of data but holds "
-            f"{len(content) - header:,}: {advice}."
+            f"{len(content) - header:,}: {_ADVICE}."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 

@@ -20,9 +20,10 @@ from keras_kfc.factors import ConvGeometry, DenseGeometry, Geometry
 class KroneckerLayer:
     """What instrumented layers share."""
 
-    def build(self, input_shape: Any) -> None:
-        """Creates the variables and marks the kernel."""
-        super().build(input_shape)  # type: ignore[misc]
+    # Not `build`: Keras wraps that method of each instance, so that one which an
+    # unbuilt layer gets with its new class would never run.
+    def _post_build(self) -> None:
+        super()._post_build()  # type: ignore[misc]
         mark_kernel(self)
 
     @property

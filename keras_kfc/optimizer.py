@@ -65,11 +65,11 @@ class KFC(FactorUpdates):
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov
             damping `λ`, in units of the mean eigenvalue of the layer's block
             (absolute if `scale_free=False`). Can be read and set during
-            training. Defaults to `0.3`.
+            training. Defaults to `0.2`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether to use Nesterov momentum. Defaults to `True`.
         kl_clip: Bound `C` of the trust region, in units of the loss (absolute if
-            `scale_free=False`), or None for no trust region. Defaults to `3e-4`.
+            `scale_free=False`), or None for no trust region. Defaults to `5e-4`.
         fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the
             model's own prediction (as the paper does), `"empirical"` takes the
             training targets, `"exact"` sums over all classes or outputs, one
@@ -136,10 +136,10 @@ class KFC(FactorUpdates):
     def __init__(
         self,
         learning_rate=0.05,
-        damping=0.3,
+        damping=0.2,
         momentum=0.9,
         nesterov=True,
-        kl_clip=3e-4,
+        kl_clip=5e-4,
         fisher="sampled",
         factor_decay=0.95,
         factor_update_period=10,

@@ -79,6 +79,23 @@ def test_every_layer_is_covered_and_trained(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_model_instrumented_before_it_is_built_trains_the_same(name):
+    build, expected = MODELS[name]
+    images, _ = image_batch()
+    weights = []
+    for build_first in (True, False):
+        keras.utils.set_random_seed(1)
+        model = build()
+        if build_first:
+            model(images)
+        keras_kfc.instrument(model)
+        weights.append(train(model, keras_kfc.KFC(seed=1), steps=2))
+        assert len(model.optimizer.blocks) == len(expected)
+        keras_kfc.strip(model)
+    np.testing.assert_array_equal(*weights)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_strip_undoes_instrument(name):
     build, _ = MODELS[name]
     images, _ = image_batch()

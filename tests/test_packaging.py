@@ -1,0 +1,75 @@
+"""What is installed, and that the README tells the truth."""
+
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import keras_kfc
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_version_is_that_of_the_distribution():
+    assert importlib.metadata.version("keras-kfc") == keras_kfc.__version__
+    assert f"## {keras_kfc.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_package_is_typed_and_lists_its_names():
+    assert (pathlib.Path(keras_kfc.__file__).parent / "py.typed").is_file()
+    for name in keras_kfc.__all__:
+        assert getattr(keras_kfc, name).__doc__, name
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
+def test_another_backend_gives_one_clear_error(backend):
+    """A stand-in for Keras, because the backend itself may not be installed."""
+    code = (
+        "import sys, types\n"
+        "fake = types.ModuleType('keras')\n"
+        f"fake.backend = types.SimpleNamespace(backend=lambda: {backend!r})\n"
+        "sys.modules['keras'] = fake\n"
+        "import keras_kfc\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("ImportError") and 'KERAS_BACKEND to "tensorflow"' in error
+    assert f'backend="{backend}"' in error
+
+
+def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "saved_models" / "readme" / "saved_model.pb").is_file()
+    assert float(names["train_step"](names["images"][:32], names["labels"][:32])) < 1
+    shapes = re.search(r"first.omega.shape, first.gamma.shape  # (.*)\n", README)
+    assert shapes and str((names["first"].omega.shape, names["first"].gamma.shape)) == (
+        f"({shapes[1]})"
+    )
+
+
+def test_readme_holds_the_commands_that_ci_runs():
+    commands = re.findall(r"```sh\n(python3 -m venv .*)\n```", README)
+    assert len(commands) == 2
+    assert "examples/quickstart.py" in commands[0] and commands[1].endswith("-m pytest")
+    between = README.split("<!-- test command -->")[1].split("<!-- end of test command -->")[0]
+    assert commands[1] in between
+
+
+def test_files_and_commands_that_the_readme_names_exist():
+    for path in re.findall(r"(?:examples|benchmarks|docs|tests)/[\w/]+\.(?:py|md|png)", README):
+        if not path.startswith("examples/output/"):
+            assert (ROOT / path).is_file(), path
+    for argument in re.findall(r"`(\w+)` times that", README):
+        assert argument in keras_kfc.KFC().get_config()
