@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfc.blocks import all_finite
-from keras_kfc.fallback import adam_step
+from keras_kfc.fallback import adam_step, bias_corrections
 from keras_kfc.preconditioner import Preconditioner
 
 
@@ -38,11 +38,14 @@ class PreconditionedStep(keras.optimizers.Optimizer):
 
         def update():
             scale = -learning_rate * self._trust(learning_rate**2 * quadratic)
+            corrections = bias_corrections(self.iterations + 1)
+            fallback_rate = self.fallback_lr_ratio * learning_rate
             for index, variable in variables.items():
                 if index in directions:
                     self._momentum_step(index, variable, scale, directions[index])
                 else:
-                    self._fallback_step(index, variable, learning_rate, gradients[index])
+                    gradient = tf.cast(gradients[index], variable.dtype)
+                    self._fallback_step(index, variable, gradient, corrections, fallback_rate)
             return True
 
         def skip():
@@ -96,14 +99,10 @@ class PreconditionedStep(keras.optimizers.Optimizer):
         self.assign(momentum, velocity)
         self.assign_add(variable, self.momentum * velocity + step if self.nesterov else velocity)
 
-    def _fallback_step(self, index, variable, learning_rate, gradient):
+    def _fallback_step(self, index, variable, gradient, corrections, learning_rate):
         first, second = self._momentums[index], self._second_moments[index]
         update, new_first, new_second = adam_step(
-            tf.cast(gradient, variable.dtype),
-            first.value,
-            second.value,
-            self.iterations + 1,
-            self.fallback_lr_ratio * learning_rate,
+            gradient, first.value, second.value, corrections, learning_rate
         )
         self.assign(first, new_first)
         self.assign(second, new_second)

@@ -241,8 +241,8 @@ def test_keras_applications_are_covered_and_serve_the_same(application):
 
 def test_an_application_trains():
     keras.utils.set_random_seed(3)
-    model = keras.applications.MobileNetV2(
-        weights=None, input_shape=(32, 32, 3), classes=3, alpha=0.35
+    model = keras.applications.MobileNet(
+        weights=None, input_shape=(32, 32, 3), classes=3, alpha=0.25
     )
     keras_kfc.instrument(model)
     model.compile(keras_kfc.KFC(seed=1), "sparse_categorical_crossentropy")

@@ -1,0 +1,93 @@
+"""The recursions of momentum, trust region and fallback rule against naive NumPy ones."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from conftest import relative_error
+from keras_kfc.fallback import adam_step, bias_corrections
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
+def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip):
+    keras.config.set_floatx("float64")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 4)), rng.normal(size=(16, 3))
+    model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3)])
+    options = {"nesterov": nesterov, "kl_clip": kl_clip, "scale_free": False}
+    learning_rate, momentum = 0.3, 0.7
+    optimizer = keras_kfc.KFC(
+        learning_rate, damping=0.2, momentum=momentum, fisher="exact", **options
+    )
+    model.compile(optimizer, "mse")
+    extended = np.column_stack([x, np.ones(len(x))])
+    weights = np.vstack([*model.get_weights()[0:1], model.get_weights()[1][None]])
+    velocity = np.zeros_like(weights)
+    for _ in range(5):
+        model.train_on_batch(x, y)
+        block = model.optimizer.blocks[0]
+        # The gradient of the mean squared error of a linear model, by hand.
+        gradient = 2 * extended.T @ (extended @ weights - y) / y.size
+        direction = block.omega_inverse.numpy()[0] @ gradient @ block.gamma_inverse.numpy()[0]
+        scale = learning_rate
+        if kl_clip is not None:
+            quadratic = learning_rate**2 * np.sum(direction * gradient)
+            scale *= min(1.0, np.sqrt(kl_clip / quadratic))
+            assert scale < learning_rate
+        step = -scale * direction
+        velocity = momentum * velocity + step
+        weights = weights + (momentum * velocity + step if nesterov else velocity)
+        # The trust region is computed in float32.
+        np.testing.assert_allclose(
+            np.vstack([model.get_weights()[0], model.get_weights()[1][None]]), weights, rtol=1e-5
+        )
+
+
+def test_fallback_rule_is_adam_with_a_relative_epsilon():
+    rng = np.random.default_rng(0)
+    first = second = np.zeros(5)
+    tensors = tf.zeros(5, tf.float64), tf.zeros(5, tf.float64)
+    for step in range(1, 6):
+        gradient = rng.normal(size=5) * [0, 1e-6, 1, 1, 100]
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        deviation = np.sqrt(second / (1 - 0.999**step))
+        epsilon = 1e-5 * np.sqrt(np.mean(deviation**2))
+        expected = -0.01 * (first / (1 - 0.9**step)) / (deviation + epsilon)
+        update, *tensors = adam_step(
+            tf.constant(gradient), *tensors, bias_corrections(tf.constant(step)), tf.constant(0.01)
+        )
+        assert relative_error(update, expected) < 1e-5
+
+
+def test_fallback_rule_trains_as_keras_adam_does():
+    """On gradients of one size, where the epsilons of both are negligible."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 6)), rng.normal(size=(32, 2))
+    results = []
+    for optimizer in (
+        keras_kfc.KFC(0.1, fallback_lr_ratio=0.1),
+        keras.optimizers.Adam(0.01, epsilon=1e-12),
+    ):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)])
+        model.compile(optimizer, "mse")
+        model.fit(x, y, batch_size=32, epochs=10, shuffle=False, verbose=0)
+        results.append(model.get_weights()[0])
+    assert relative_error(*results) < 1e-3
+    # A rate a tenth off would show.
+    assert relative_error(results[0], np.zeros_like(results[0])) > 1e-2
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_fallback_rule_is_free_of_scale(scale):
+    gradient = tf.constant([0.0, 1e-3, 1.0], tf.float64)
+    zeros, corrections = tf.zeros(3, tf.float64), bias_corrections(tf.constant(1))
+    rate = tf.constant(0.01)
+    expected = adam_step(gradient, zeros, zeros, corrections, rate)[0]
+    actual = adam_step(scale * gradient, zeros, zeros, corrections, rate)[0]
+    assert relative_error(actual, expected) < 1e-12
+    assert float(expected[0]) == 0.0
