@@ -14,8 +14,9 @@ import keras_kfc
 
 
 @pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace):
-    """Names that every docstring example may use, with fresh Keras names and seeds."""
-    keras.backend.clear_session()
+def _fresh_names_and_seed(doctest_namespace):
+    """Every test starts with fresh Keras names and one seed; what docstring examples may use."""
+    # Without its garbage collection, which takes seconds late in the suite.
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
     doctest_namespace.update(keras=keras, keras_kfc=keras_kfc, np=np, tf=tf)

@@ -21,6 +21,16 @@ MARKS = {
     "autoencoder": (25, 50, 100, 150, 300),
     "digits": (10, 25, 50, 100, 200),
 }
+SETTINGS = (
+    "KFC()",
+    "SGD(0.01, momentum=0.9)",
+    "SGD(0.02, momentum=0.9)",
+    "SGD(0.05, momentum=0.9)",
+    "SGD(0.1, momentum=0.9)",
+    "SGD(1.0, momentum=0.9)",
+    "Adam(1e-3)",
+    "Adam(3e-3)",
+)
 
 
 def measure(problem: Problem, optimizer: keras.Optimizer, marks) -> tuple[list[float], float]:
@@ -66,7 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", help="folder of the Fashion-MNIST IDX files")
     parser.add_argument("--problems", nargs="+", choices=list(MARKS), default=list(MARKS))
-    parser.add_argument("settings", nargs="*", default=["KFC()"], help='such as "KFC(damping=0.3)"')
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        default=list(SETTINGS),
+        help='such as "KFC(damping=0.3)"; default: KFC() and a grid of SGD and Adam',
+    )
     arguments = parser.parse_args()
     known = problems(arguments.data_dir)
     for name in arguments.problems:

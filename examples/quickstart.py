@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(table(runs, target))
     picture = options.output / f"{options.dataset}.png"
     draw(runs, picture, f"{options.dataset}: {len(data.train_images):,} training images")
-    console.print(f"Picture: {shown(picture)}")
+    console.print(f"Picture: {shown(picture)}", soft_wrap=True)
     export(winner, data, options.saved_models / options.dataset, console)
     return 0
 
@@ -101,7 +101,10 @@ def export(run: Run, data: ImageData, folder: pathlib.Path, console: Console) ->
     probabilities = served.serve(tf.constant(data.test_images)).numpy()
     predicted = probabilities.argmax(axis=-1)
     accuracy = np.mean(predicted == data.test_labels)
-    console.print(f"SavedModel: {shown(folder)}, reads {accuracy:.2%} of held-out images right")
+    console.print(
+        f"SavedModel: {shown(folder)}, reads {accuracy:.2%} of held-out images right",
+        soft_wrap=True,
+    )
     console.print(f"  it reads  {' '.join(map(str, predicted[:20]))}")
     console.print(f"  they are  {' '.join(map(str, data.test_labels[:20]))}")
 

@@ -69,7 +69,8 @@ def kronecker_factors(
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
     >>> factors = keras_kfc.kronecker_factors(model, np.ones((8, 4)), loss="mse")
-    >>> factors["head"].omega.shape, factors["head"].gamma.shape
+    >>> head = factors["sequential/head"]
+    >>> head.omega.shape, head.gamma.shape
     ((5, 5), (2, 2))
     """
     check_choice("fisher", fisher, FISHERS)

@@ -105,7 +105,7 @@ def instrument(
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
     >>> keras_kfc.coverage(keras_kfc.instrument(model)).covered
-    ['head']
+    ['sequential/head']
     """
     if instrument_layers(model, exclude):
         _forget_traces(model)

@@ -13,10 +13,8 @@ import tensorflow as tf
 
 
 @pytest.fixture(autouse=True)
-def _fresh_seed_and_float():
-    """Every test starts from the same seed, default float type and Keras names."""
-    keras.backend.clear_session()
-    keras.utils.set_random_seed(7)
+def _default_float_type():
+    """Every test leaves Keras with its default float type."""
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")

@@ -133,41 +133,6 @@ def test_every_attribute_exists_from_the_start():
     }
 
 
-def test_learning_rate_and_damping_can_be_read_and_set_during_training():
-    images, labels = image_batch()
-    model = conv_net()
-    train(model, keras_kfc.KFC(learning_rate=0.02, damping=0.7), steps=1)
-    optimizer = model.optimizer
-    assert float(optimizer.learning_rate) == pytest.approx(0.02)
-    assert float(optimizer.damping) == pytest.approx(0.7)
-    optimizer.learning_rate = 0.0
-    weights = flat_weights(model)[: model.layers[0].count_params()]
-    model.fit(images, labels, batch_size=32, verbose=0)
-    optimizer.damping = 0.1
-    assert float(optimizer.damping) == pytest.approx(0.1)
-    assert optimizer.get_config()["damping"] == pytest.approx(0.1)
-    # With a rate of zero only momentum moves the weights.
-    moved = flat_weights(model)[: model.layers[0].count_params()]
-    assert np.isfinite(moved).all() and not np.array_equal(moved, weights)
-    with pytest.raises(ValueError, match="damping"):
-        optimizer.damping = -1.0
-
-
-def test_damping_set_in_training_is_used_at_the_next_inverse():
-    images, labels = image_batch()
-    inverses = []
-    for damping in (0.3, 30.0):
-        model = conv_net()
-        model.compile(
-            keras_kfc.KFC(seed=1, inverse_update_period=1), "sparse_categorical_crossentropy"
-        )
-        model.train_on_batch(images, labels)
-        model.optimizer.damping = damping
-        model.train_on_batch(images, labels)
-        inverses.append(np.linalg.norm(model.optimizer.blocks[0].omega_inverse.numpy()))
-    assert inverses[1] < 0.5 * inverses[0]
-
-
 def test_weights_of_the_optimizer_have_one_order():
     """Keras restores optimizer variables by position."""
     orders = []
