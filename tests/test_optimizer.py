@@ -1,9 +1,8 @@
 """Arguments, configuration and settable values of the optimizer."""
 
 import keras
-import numpy as np
 import pytest
-from nets import conv_net, flat_weights, image_batch, train
+from nets import conv_net, train
 
 import keras_kfc
 
@@ -142,16 +141,3 @@ def test_weights_of_the_optimizer_have_one_order():
         train(model, keras_kfc.KFC(), steps=1)
         orders.append([(v.name, tuple(v.shape)) for v in model.optimizer.variables])
     assert orders[0] == orders[1]
-
-
-def test_two_optimizers_are_independent():
-    first, second, alone = conv_net(seed=1), conv_net(seed=2), conv_net(seed=1)
-    images, labels = image_batch()
-    for model in (first, second, alone):
-        model.compile(keras_kfc.KFC(seed=3), "sparse_categorical_crossentropy")
-    for _ in range(3):
-        first.train_on_batch(images, labels)
-        second.train_on_batch(images, labels)
-        alone.train_on_batch(images, labels)
-    np.testing.assert_array_equal(flat_weights(first), flat_weights(alone))
-    assert not np.array_equal(flat_weights(first), flat_weights(second))
