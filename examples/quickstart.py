@@ -27,8 +27,8 @@ from examples.nets import digits_net, fashion_net
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Learning rates that the baselines are tuned over; KFC runs at its defaults.
-SGD_RATES = (0.01, 0.03, 0.1, 0.3)
-ADAM_RATES = (0.001, 0.003, 0.01)
+SGD_RATES = {"digits": (0.01, 0.03, 0.1, 0.3), "fashion-mnist": (0.005, 0.01, 0.02)}
+ADAM_RATES = {"digits": (0.001, 0.003, 0.01), "fashion-mnist": (0.001, 0.003)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,10 +87,15 @@ def train_all(options: argparse.Namespace, data: ImageData) -> list[Run]:
         best(
             [
                 race(keras.optimizers.SGD(rate, momentum=0.9), f"{rate}, momentum=0.9")
-                for rate in SGD_RATES[:rates]
+                for rate in SGD_RATES[options.dataset][:rates]
             ]
         ),
-        best([race(keras.optimizers.Adam(rate), f"{rate}") for rate in ADAM_RATES[:rates]]),
+        best(
+            [
+                race(keras.optimizers.Adam(rate), f"{rate}")
+                for rate in ADAM_RATES[options.dataset][:rates]
+            ]
+        ),
     ]
 
 

@@ -45,9 +45,9 @@ def check_positive_integer(name: str, value: Any) -> int:
         TypeError: If `value` is not an integer.
         ValueError: If it is below 1.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    number = _integer(value)
+    if number is None:
         raise TypeError(f"Argument `{name}` must be a positive integer. Received: {name}={value!r}")
-    number = operator.index(value)
     if number < 1:
         raise ValueError(
             f"Argument `{name}` must be a positive integer. Received: {name}={value!r}"
@@ -72,7 +72,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     Raises:
         ValueError: If `value` is not one of `choices`.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"Argument `{name}` must be one of {choices}. Received: {name}={value!r}")
     return value
 
@@ -86,11 +86,20 @@ def check_seed(value: Any) -> int | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    number = _integer(value)
+    if number is None:
         raise TypeError(f"Argument `seed` must be an integer or None. Received: seed={value!r}")
-    if not 0 <= operator.index(value) < 2**31:
+    if not 0 <= number < 2**31:
         raise ValueError(f"Argument `seed` must be in [0, 2**31). Received: seed={value!r}")
-    return operator.index(value)
+    return number
+
+
+def _integer(value: Any) -> int | None:
+    """An integer of any kind as an `int`, None for everything else."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    return None
 
 
 def check_base_arguments(arguments: Mapping[str, Any]) -> None:

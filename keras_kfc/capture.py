@@ -15,6 +15,7 @@ as interleaved threads.
 """
 
 import dataclasses
+import logging
 import threading
 import weakref
 from collections.abc import Sequence
@@ -22,9 +23,12 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.global_state import get_global_attribute
 from tensorflow.python.eager import record as tape_record
 
 from keras_kfc.factors import Geometry
+
+_logger = logging.getLogger("keras_kfc")
 
 
 @dataclasses.dataclass
@@ -135,6 +139,10 @@ class Capture:
             raise _out_of_reach([layer.path])
         self._tape.watch(pre_activation)
         record_ = self._record_of(layer)
+        if isinstance(inputs, tf.SparseTensor):
+            inputs = tf.sparse.to_dense(inputs)
+        if not inputs.dtype.is_floating:
+            inputs = tf.cast(inputs, pre_activation.dtype)
         record_.inputs.append(inputs)
         record_.pre_activations.append(pre_activation)
 
@@ -198,10 +206,13 @@ def active_capture(layer: Any) -> Capture | None:
     """
     if _state.explicit:
         return _state.explicit[-1]
-    context = layer._get_call_context()
-    model = context.entry_layer
+    # Not `layer._get_call_context()`, which leaves a context behind where there is none.
+    context = get_global_attribute("current_call_ctx")
+    model = getattr(context, "entry_layer", None)
     optimizer = kronecker_optimizer(getattr(model, "optimizer", None))
     if optimizer is None or not layer.kronecker_kernel.trainable:
+        return None
+    if getattr(context, "training", None) is False:
         return None
     pending = _state.pending.get(optimizer)
     if pending is not None and pending.capture.is_open:
@@ -211,13 +222,20 @@ def active_capture(layer: Any) -> Capture | None:
         if same_pass or pending.capture.belongs_to_current_graph():
             return pending.capture
         pending.capture.close()
-    if getattr(context, "training", None) is False or not tape_record.could_possibly_record():
-        # Inference, or a forward pass in training mode that nobody differentiates.
+    if not tape_record.could_possibly_record():
+        # A forward pass in training mode that nobody differentiates.
         return None
     watch_loss(model)
     capture = Capture()
     capture.model = model
     capture.open()
+    if pending is not None and pending.capture.loss is not None:
+        _logger.warning(
+            "%s computed its loss more than once before the optimizer's step: the Kronecker "
+            "factors come from the last time. To choose, use `keras_kfc.Capture` and "
+            "`update_factors` in the train step.",
+            type(model).__name__,
+        )
     _state.pending[optimizer] = _Pending(context, capture)
     return capture
 

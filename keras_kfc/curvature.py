@@ -1,6 +1,7 @@
 """Kronecker factors of a model on given data, without training."""
 
 import dataclasses
+import itertools
 import random
 from typing import Any
 
@@ -58,12 +59,14 @@ def kronecker_factors(
         seed: Seed of the sampled targets, or None for a random one.
 
     Returns:
-        A `KroneckerFactors` for each layer path.
+        A `KroneckerFactors` for each layer path; a number is appended to paths
+        that several layers have.
 
     Raises:
-        TypeError: If `model` is not a Keras model.
-        ValueError: If an argument is out of range, no loss is known, or `y` is
-            missing where it is needed.
+        TypeError: If `model` is not a Keras model, or `x` or `y` hold something
+            else than arrays.
+        ValueError: If an argument is out of range, no loss is known, `y` is
+            missing where it is needed, or arrays differ in length.
 
     Example:
 
@@ -79,12 +82,37 @@ def kronecker_factors(
     seed = random.randrange(2**31) if seed is None else seed
     if y is None and fisher == "empirical":
         raise ValueError('Argument `y` is needed for fisher="empirical". Received: y=None')
+    examples = _length_of("x", x)
+    if y is not None and _length_of("y", y) != examples:
+        raise ValueError(
+            f"Argument `y` must have as many examples as `x`, {examples}. "
+            f"Received: {_length_of('y', y)}"
+        )
     swapped = instrument_layers(model)
     try:
-        return _factors(model, x, y, _loss_of(model, loss), fisher, batch_size, seed)
+        return _factors(model, x, y, examples, _loss_of(model, loss), fisher, batch_size, seed)
     finally:
         for layer in swapped:
             strip_layer(layer)
+
+
+def _length_of(name, data):
+    """Number of examples in a structure of arrays."""
+    lengths = set()
+    for part in keras.tree.flatten(data):
+        if not getattr(part, "shape", None):
+            raise TypeError(
+                f"Argument `{name}` must be an array with examples along its first axis, or a "
+                f"structure of such arrays. Received: {name}={data!r} of type "
+                f"{type(data).__name__}"
+            )
+        lengths.add(int(part.shape[0]))
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"Arrays in argument `{name}` must be of one length, at least 1. Received: "
+            f"lengths {sorted(lengths)}"
+        )
+    return lengths.pop()
 
 
 def _loss_of(model, loss):
@@ -99,8 +127,7 @@ def _loss_of(model, loss):
     return compiled
 
 
-def _factors(model, x, y, compiled, fisher, batch_size, seed):
-    examples = len(keras.tree.flatten(x)[0])
+def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
     if not model.built:
         _call(model, _slice(x, 0, 1))
 
@@ -113,10 +140,11 @@ def _factors(model, x, y, compiled, fisher, batch_size, seed):
             capture, size, {key: record.has_bias for key, record in capture.records.items()}
         )
         gammas = batch_gammas(capture, derivatives, capture.records)
-        return {
-            record.path: [tf.cast(size, part.dtype) * part for part in (omegas[key], gammas[key])]
-            for key, record in capture.records.items()
-        }
+        sums: dict[str, list[tf.Tensor]] = {}
+        for key, record in capture.records.items():
+            path = _unused_name(record.path, sums)
+            sums[path] = [tf.cast(size, part.dtype) * part for part in (omegas[key], gammas[key])]
+        return sums
 
     if not getattr(model, "run_eagerly", False):
         batch_sums = tf.function(batch_sums, autograph=False, reduce_retracing=True)
@@ -141,6 +169,12 @@ def _call(model, inputs):
 
 def _slice(structure, start, stop):
     return keras.tree.map_structure(lambda part: tf.convert_to_tensor(part[start:stop]), structure)
+
+
+def _unused_name(path, taken):
+    """The path itself, or with a number where another layer has the same."""
+    names = itertools.chain([path], (f"{path}_{number}" for number in itertools.count(1)))
+    return next(name for name in names if name not in taken)
 
 
 def _squeeze(factor):

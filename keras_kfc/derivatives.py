@@ -117,7 +117,8 @@ def output_derivatives(
             lambda _: [
                 tensor
                 for number, part in enumerate(parts)
-                for tensor in part.sample(seed + tf.constant([0, number], seed.dtype))
+                # The second entry counts steps: draws of one step must not return in the next.
+                for tensor in part.sample(seed + tf.constant([number << 32, 0], seed.dtype))
             ],
         )
     counts = [part.count_columns() for part in parts]

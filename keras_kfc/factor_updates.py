@@ -45,6 +45,16 @@ class FactorUpdates(PreconditionedStep):
                 "The optimizer has no factors yet. Call "
                 "`optimizer.build(model.trainable_variables)` before `update_factors`."
             )
+        if not isinstance(capture, Capture):
+            raise TypeError(
+                "Argument `capture` must be the `keras_kfc.Capture` of the forward pass. "
+                f"Received: capture={capture!r} of type {type(capture).__name__}"
+            )
+        for name, given in (("loss", loss), ("y_pred", y_pred)):
+            if given is None:
+                raise ValueError(f"Argument `{name}` is needed. Received: {name}=None")
+        # What the model captured by itself belongs to another forward pass.
+        take_pending(self)
         compiled = compile_loss(loss)
         value = compiled(y_true, y_pred, sample_weight)
         self._update_factors(capture, compiled, y_true, y_pred, sample_weight, value)

@@ -6,6 +6,7 @@ names, configuration and the graph of a functional model stay as they are.
 
 import dataclasses
 import io
+import logging
 import math
 from collections.abc import Iterable
 
@@ -14,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_kfc import layers
-from keras_kfc.capture import unwatch_loss
-from keras_kfc.layers import KroneckerLayer, mark_kernel, unmark_kernel
+from keras_kfc.capture import kronecker_optimizer, unwatch_loss
+from keras_kfc.layers import KroneckerLayer, is_marked, mark_kernel, unmark_kernel
+
+_logger = logging.getLogger("keras_kfc")
 
 _INSTRUMENTED = {keras.layers.Conv2D: layers.Conv2D, keras.layers.Dense: layers.Dense}
 _PLAIN = {instrumented: plain for plain, instrumented in _INSTRUMENTED.items()}
@@ -91,14 +94,16 @@ def instrument(
 
     Args:
         model: The model, built or not, compiled or not.
-        exclude: Names or paths of layers to leave to the fallback rule.
+        exclude: Names or paths of layers to leave to the fallback rule, with
+            all that is inside them.
         verbose: Whether to print the coverage.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: If `model` is not a Keras model.
+        TypeError: If `model` is not a Keras model, or `exclude` not an iterable
+            of strings.
         ValueError: If `exclude` names a layer that the model does not have.
 
     Example:
@@ -109,6 +114,12 @@ def instrument(
     """
     if instrument_layers(model, exclude):
         _forget_traces(model)
+        if getattr(kronecker_optimizer(getattr(model, "optimizer", None)), "built", False):
+            _logger.warning(
+                "The optimizer of %s was built before `instrument` changed its layers, and keeps "
+                "its blocks. Compile the model again with a new optimizer.",
+                type(model).__name__,
+            )
     if verbose:
         print(coverage(model))
     return model
@@ -125,7 +136,14 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
         The layers whose class changed.
     """
     _require_model(model)
-    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
+    if isinstance(exclude, str):
+        exclude = [exclude]
+    if not isinstance(exclude, Iterable) or not all(isinstance(name, str) for name in exclude):
+        raise TypeError(
+            "Argument `exclude` must be an iterable of names or paths of layers. "
+            f"Received: exclude={exclude!r} of type {type(exclude).__name__}"
+        )
+    excluded = set(exclude)
     inner = _layers_of(model)
     unknown = excluded - {name for layer, _ in inner for name in (layer.name, layer.path)}
     if unknown:
@@ -133,12 +151,18 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
             "Argument `exclude` must hold names or paths of the model's layers. "
             f"Received: exclude={sorted(excluded)}, of which the model lacks {sorted(unknown)}"
         )
+    left_out = {
+        id(child)
+        for layer, _ in inner
+        if {layer.name, layer.path} & excluded
+        for child in layer._flatten_layers()
+    }
     changed = []
     for layer, reason in inner:
-        if {layer.name, layer.path} & excluded:
+        if id(layer) in left_out or reason:
             if strip_layer(layer):
                 changed.append(layer)
-        elif not reason and type(layer) in _INSTRUMENTED:
+        elif type(layer) in _INSTRUMENTED:
             layer.__class__ = _INSTRUMENTED[type(layer)]
             if layer.built:
                 mark_kernel(layer)
@@ -150,7 +174,9 @@ def strip(model: keras.Model) -> keras.Model:
     """Undoes `instrument`, in place.
 
     Layers of `keras_kfc.layers` become Keras's own, so that the model can be
-    saved, exported and loaded where keras_kfc is not installed.
+    exported, and saved and loaded, where keras_kfc is not installed. A model
+    that was compiled with `keras_kfc.KFC` is saved with it: load it there with
+    `compile=False`, or compile it with another optimizer before.
 
     Args:
         model: The model.
@@ -169,20 +195,25 @@ def strip(model: keras.Model) -> keras.Model:
 
 
 def strip_layer(layer: keras.Layer) -> bool:
-    """Gives one layer Keras's own class back.
+    """Takes one layer's block away, and gives it Keras's own class back.
+
+    A subclass of a capturing layer keeps its class.
 
     Args:
         layer: Any layer.
 
     Returns:
-        Whether its class changed.
+        Whether anything changed.
     """
-    if type(layer) not in _PLAIN:
+    if not isinstance(layer, KroneckerLayer):
         return False
-    if layer.built:
+    changed = is_marked(layer)
+    if changed:
         unmark_kernel(layer)
-    layer.__class__ = _PLAIN[type(layer)]
-    return True
+    if type(layer) in _PLAIN:
+        layer.__class__ = _PLAIN[type(layer)]
+        changed = True
+    return changed
 
 
 def coverage(model: keras.Model) -> Coverage:
@@ -205,21 +236,25 @@ def coverage(model: keras.Model) -> Coverage:
             continue
         if not layer.built and not isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
             continue
-        covered = isinstance(layer, KroneckerLayer)
-        if covered:
-            reason = ""
-            if layer.built and not layer.kronecker_kernel.trainable:
-                covered, reason = False, "its kernel is frozen"
-        elif not reason:
-            if type(layer) in _INSTRUMENTED:
-                reason = "not instrumented"
-            elif isinstance(layer, tuple(_INSTRUMENTED)):
-                reason = "a subclass may compute something else"
-            else:
-                reason = "no block for this class"
+        reason = reason or _reason_without_block(layer)
         count = sum(math.prod(variable.shape) for variable in own) if layer.built else None
-        entries.append(LayerCoverage(layer.path, type(layer).__name__, count, covered, reason))
+        entries.append(LayerCoverage(layer.path, type(layer).__name__, count, not reason, reason))
     return Coverage(entries)
+
+
+def _reason_without_block(layer):
+    """Why the fallback rule trains a layer that a capture could reach, or an empty string."""
+    if isinstance(layer, KroneckerLayer):
+        if not layer.built:
+            return ""
+        if not is_marked(layer):
+            return "excluded"
+        return "" if layer.kronecker_kernel.trainable else "its kernel is frozen"
+    if type(layer) in _INSTRUMENTED:
+        return "not instrumented"
+    if isinstance(layer, tuple(_INSTRUMENTED)):
+        return "a subclass may compute something else"
+    return "no block for this class"
 
 
 def _layers_of(model):

@@ -20,6 +20,8 @@ from keras_kfc.factors import ConvGeometry, DenseGeometry, Geometry
 class KroneckerLayer:
     """What instrumented layers share."""
 
+    built: bool
+
     # Not `build`: Keras wraps that method of each instance, so that one which an
     # unbuilt layer gets with its new class would never run.
     def _post_build(self) -> None:
@@ -132,6 +134,11 @@ def mark_kernel(layer: Any) -> None:
 def unmark_kernel(layer: Any) -> None:
     """Undoes `mark_kernel`."""
     del layer.kronecker_kernel.kronecker_layer
+
+
+def is_marked(layer: Any) -> bool:
+    """Whether a layer is built and its kernel variable refers to it."""
+    return layer.built and layer_of(layer.kronecker_kernel) is layer
 
 
 def layer_of(variable: Any) -> Any:

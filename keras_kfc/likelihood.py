@@ -18,6 +18,7 @@ Tensors: B examples, P positions, D output channels or classes.
 
 import keras
 import tensorflow as tf
+from keras.src.losses.losses import LossFunctionWrapper
 
 from keras_kfc.losses import LossTerm, element_coefficients
 from keras_kfc.patches import at_least_float32
@@ -198,7 +199,9 @@ def distribution_of(term: LossTerm) -> OutputDistribution:
         ValueError: If the loss has no known distribution.
     """
     loss = term.loss
-    function = getattr(loss, "fn", None)
+    # A subclass with a `call` of its own may compute anything.
+    known = getattr(type(loss), "call", None) is LossFunctionWrapper.call
+    function = loss.fn if known else None
     options = dict(getattr(loss, "_fn_kwargs", {}))
     axis = options.get("axis", -1)
     from_logits = bool(options.get("from_logits", False))

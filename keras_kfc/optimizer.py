@@ -190,6 +190,8 @@ class KFC(FactorUpdates):
         self.fallback_lr_ratio = check_number("fallback_lr_ratio", fallback_lr_ratio, 0)
         self.seed = check_seed(seed)
         self._damping: Any = None
+        if not isinstance(damping, keras.optimizers.schedules.LearningRateSchedule):
+            check_number("damping", damping, 0)
         self.damping = damping
         draw = random.randrange(2**31) if self.seed is None else self.seed
         self._draw_seed = self._counter("seed", initial=draw)

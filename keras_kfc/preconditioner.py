@@ -1,5 +1,6 @@
 """All Kronecker blocks of one optimizer, as one block-diagonal preconditioner."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from keras_kfc.capture import Capture
 from keras_kfc.layers import layer_of
 from keras_kfc.linalg import invert_blocks
 from keras_kfc.statistics import batch_omegas
+
+_logger = logging.getLogger("keras_kfc")
 
 
 class Preconditioner:
@@ -35,7 +38,8 @@ class Preconditioner:
     ):
         self.blocks: list[KroneckerBlock] = []
         self._block_of_kernel: dict[int, KroneckerBlock] = {}
-        self._captured: set[str] = set()
+        self._captured: set[int] = set()
+        self._kernels: dict[int, keras.Variable] = {}
         for index, variable in enumerate(variables):
             layer = layer_of(variable)
             if layer is None:
@@ -50,6 +54,13 @@ class Preconditioner:
             )
             self.blocks.append(block)
             self._block_of_kernel[id(variable)] = block
+            self._kernels[index] = variable
+        if not self.blocks:
+            _logger.warning(
+                "KFC found no layer with a Kronecker block: its fallback rule, an Adam, trains "
+                "everything. Call `keras_kfc.instrument(model)` before training, or build the "
+                "model from `keras_kfc.layers`."
+            )
 
     @property
     def covered(self) -> set[int]:
@@ -64,7 +75,7 @@ class Preconditioner:
             for key in capture.records
             if key in self._block_of_kernel
         }
-        self._captured |= {block.path for block in found.values()}
+        self._captured |= {block.kernel for block in found.values()}
         return found
 
     def missing_factors(self, blocks: Mapping[int, KroneckerBlock]) -> tf.Tensor:
@@ -153,13 +164,20 @@ class Preconditioner:
             present = [i for i in (block.kernel, block.bias) if i in gradients]
             if not present:
                 continue
-            if block.path not in self._captured:
+            if layer_of(self._kernels[block.kernel]) is None:
+                raise ValueError(
+                    f"Layer {block.path} was stripped after the optimizer was built. Compile the "
+                    "model again with a new optimizer."
+                )
+            if block.kernel not in self._captured:
                 raise ValueError(
                     f"KFC received a gradient for layer {block.path}, but never saw its inputs "
-                    "and derivatives. Train the model with `fit` or `train_on_batch`, let the "
-                    "train step call `model.compute_loss`, or, in a custom training loop, run "
-                    "the forward pass inside `keras_kfc.Capture()` and call "
-                    "`optimizer.update_factors` before `optimizer.apply_gradients`."
+                    "and derivatives. Train the model with `fit` or `train_on_batch`; let a "
+                    "train step of its own call the model itself and `compute_loss`; or run the "
+                    "forward pass inside `keras_kfc.Capture()` and call "
+                    "`optimizer.update_factors` before `optimizer.apply_gradients`. A layer that "
+                    "is not called in training can be frozen (`trainable=False`) or left to the "
+                    "fallback rule (`keras_kfc.instrument(model, exclude=[...])`)."
                 )
             kernel, bias = self._block_gradients(block, gradients)
             joint = block.precondition(block.geometry.to_joint(kernel, bias))

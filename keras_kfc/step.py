@@ -13,6 +13,9 @@ class PreconditionedStep(keras.optimizers.Optimizer):
 
     _preconditioner: Preconditioner
 
+    def _apply_weight_decay(self, variables):
+        """Does nothing: decay belongs to the update, which broken gradients skip."""
+
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise ValueError(
@@ -36,7 +39,10 @@ class PreconditionedStep(keras.optimizers.Optimizer):
         usable = all_finite([quadratic, *gradients.values()])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
+        decay = super()._apply_weight_decay
+
         def update():
+            decay(trainable_variables)
             scale = -learning_rate * self._trust(learning_rate**2 * quadratic)
             corrections = bias_corrections(self.iterations + 1)
             fallback_rate = self.fallback_lr_ratio * learning_rate

@@ -251,6 +251,45 @@ def test_instrumented_and_plain_models_give_the_same_factors():
         )
 
 
+def test_layers_of_one_path_are_told_apart():
+    def branch(seed):
+        inputs = keras.Input((3,))
+        keras.utils.set_random_seed(seed)
+        return keras.Model(inputs, keras.layers.Dense(4, name="fc")(inputs), name=f"branch_{seed}")
+
+    inputs = keras.Input((3,))
+    first, second = branch(1), branch(2)
+    model = keras.Model(inputs, keras.layers.Dense(1, name="head")(second(first(inputs)[:, :3])))
+    assert first.layers[-1].path == second.layers[-1].path
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
+    factors = keras_kfc.kronecker_factors(model, x, loss="mse")
+    assert list(factors) == ["fc", "fc_1", "head"]
+    assert relative_error(factors["fc"].omega[:3, :3], x.T @ x / 6) < 1e-5
+    hidden = first(x).numpy()[:, :3]
+    assert relative_error(factors["fc_1"].omega[:3, :3], hidden.T @ hidden / 6) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "options"),
+    [
+        ("x", TypeError, {"x": None}),
+        ("x", TypeError, {"x": [[1.0, 2.0]]}),
+        ("x", ValueError, {"x": np.ones((0, 4))}),
+        ("y", ValueError, {"y": np.ones((3, 2))}),
+        ("y", ValueError, {"fisher": "empirical"}),
+        ("loss", ValueError, {"loss": None}),
+        ("batch_size", ValueError, {"batch_size": 0}),
+        ("seed", TypeError, {"seed": 0.5}),
+        ("model", TypeError, {"model": "net"}),
+    ],
+)
+def test_bad_arguments_of_kronecker_factors_are_refused_by_name(name, error, options):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    options = {"model": model, "x": np.ones((8, 4)), "loss": "mse", **options}
+    with pytest.raises(error, match=f"`{name}`"):
+        keras_kfc.kronecker_factors(**options)
+
+
 def test_uses_of_a_shared_layer_count_as_positions():
     keras.utils.set_random_seed(3)
     shared = keras.layers.Dense(2, name="shared")

@@ -169,7 +169,53 @@ def test_exclude_leaves_layers_to_the_fallback_rule():
     assert leaf_names(keras_kfc.coverage(model).covered) == ["conv"]
 
 
+def test_exclude_reaches_into_containers_and_subclasses():
+    model = keras_kfc.instrument(nested(), exclude=["inner"])
+    assert leaf_names(keras_kfc.coverage(model).covered) == ["head"]
+
+    class Own(keras_kfc.layers.Dense):
+        """A capturing layer that does something else than the capture knows."""
+
+        def call(self, inputs):
+            return 2 * plain_call(self, inputs)
+
+    plain_call = layers.Dense.call
+    model = keras.Sequential([keras.Input((4,)), Own(3, name="own"), layers.Dense(3, name="head")])
+    keras_kfc.instrument(model, exclude=["own"])
+    assert leaf_names(keras_kfc.coverage(model).covered) == ["head"]
+    model.compile(keras_kfc.KFC(), "mse")
+    model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
+    assert len(model.optimizer.blocks) == 1
+
+
+def test_capturing_layers_in_a_loop_are_left_to_the_fallback_rule():
+    inner = keras_kfc.layers.Dense(3, name="inner")
+    model = keras.Sequential(
+        [keras.Input((5, 4)), layers.TimeDistributed(inner), layers.Flatten(), layers.Dense(2)]
+    )
+    assert keras_kfc.coverage(model).fallback[inner.path] == "inside TimeDistributed"
+    keras_kfc.instrument(model).compile(keras_kfc.KFC(), "mse")
+    model.fit(np.ones((8, 5, 4)), np.ones((8, 2)), verbose=0)
+    assert len(model.optimizer.blocks) == 1
+
+
+def test_changing_layers_after_the_optimizer_was_built_is_told(caplog):
+    model = conv_net(layers)
+    train(model, keras_kfc.KFC(), steps=1)
+    assert "fallback rule, an Adam, trains everything" in caplog.text
+    caplog.clear()
+    keras_kfc.instrument(model)
+    assert "Compile the model again" in caplog.text
+    train(model, keras_kfc.KFC(), steps=1)
+    keras_kfc.strip(model)
+    with pytest.raises(ValueError, match=r"was stripped after the optimizer was built"):
+        model.fit(*image_batch(), verbose=0)
+
+
 def test_bad_arguments_are_refused_by_name():
+    for exclude in (3, None, [3]):
+        with pytest.raises(TypeError, match="`exclude` must be an iterable of names"):
+            keras_kfc.instrument(conv_net(layers), exclude=exclude)
     with pytest.raises(ValueError, match=r"`exclude`.*lacks \['denze'\]"):
         keras_kfc.instrument(conv_net(layers), exclude=["denze"])
     for function in (keras_kfc.instrument, keras_kfc.strip, keras_kfc.coverage):

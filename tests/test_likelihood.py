@@ -13,6 +13,7 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import explicit_ggn, relative_error
+from keras_kfc.derivatives import output_derivatives
 from keras_kfc.likelihood import distribution_of
 from keras_kfc.losses import LossTerm
 
@@ -228,6 +229,27 @@ def test_other_losses_are_refused_with_advice(fisher):
     model.compile(optimizer=keras_kfc.KFC(fisher=fisher), loss="huber")
     with pytest.raises(ValueError, match=r'loss="huber".*fisher="empirical"'):
         model.fit(np.ones((4, 4)), np.ones((4, 2)), verbose=0)
+
+
+def test_a_subclass_of_a_known_loss_is_not_taken_for_it():
+    class Tenfold(keras.losses.MeanSquaredError):
+        def call(self, y_true, y_pred):
+            return 10 * super().call(y_true, y_pred)
+
+    outputs = tf.ones((2, 3))
+    with pytest.raises(ValueError, match='fisher="empirical"'):
+        distribution_of(LossTerm(Tenfold(), outputs, outputs))
+    distribution_of(LossTerm(keras.losses.MeanSquaredError(), outputs, outputs))
+
+
+def test_draws_of_a_step_do_not_return_in_another_output_of_the_next():
+    terms = [LossTerm(keras.losses.MeanSquaredError(), None, tf.ones((4, 3))) for _ in range(2)]
+    draws = [
+        output_derivatives(terms, "sampled", tf.constant([5, step], tf.int64)).derivatives(0)
+        for step in range(2)
+    ]
+    flat = [tensor.numpy().tobytes() for pair in draws for tensor in pair]
+    assert len(set(flat)) == 4
 
 
 def test_other_losses_train_with_the_empirical_fisher():

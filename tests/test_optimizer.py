@@ -1,6 +1,7 @@
 """Arguments, configuration and settable values of the optimizer."""
 
 import keras
+import numpy as np
 import pytest
 from nets import conv_net, train
 
@@ -38,7 +39,7 @@ def test_values_out_of_range_are_refused_by_name(name, value):
 @pytest.mark.parametrize(
     "name", [*(n for n in NUMBERS if n != "learning_rate"), "nesterov", "scale_free", "use_ema"]
 )
-@pytest.mark.parametrize("value", ["high", [1], {}])
+@pytest.mark.parametrize("value", ["high", [1], {}, np.array([1, 2])])
 def test_values_of_another_type_are_refused_by_name(name, value):
     with pytest.raises(TypeError, match=rf"`{name}` must be.*Received: {name}="):
         keras_kfc.KFC(**{name: value})
@@ -57,8 +58,14 @@ def test_periods_must_be_whole():
 
 
 def test_fisher_must_be_a_known_kind():
-    with pytest.raises(ValueError, match=r"`fisher` must be one of.*Received: fisher='true'"):
-        keras_kfc.KFC(fisher="true")
+    for fisher in ("true", None, 1, np.array(["sampled", "exact"])):
+        with pytest.raises(ValueError, match=r"`fisher` must be one of.*Received: fisher="):
+            keras_kfc.KFC(fisher=fisher)
+
+
+def test_damping_must_be_given():
+    with pytest.raises(TypeError, match="`damping` must be a number"):
+        keras_kfc.KFC(damping=None)
 
 
 def test_unknown_arguments_are_refused_by_name():

@@ -56,6 +56,38 @@ def test_broken_inputs_leave_no_trace(value, first):
     assert np.isfinite(flat_weights(model)).all()
 
 
+def test_a_skipped_step_decays_no_weights():
+    x = np.ones((4, 3))
+    weights = []
+    for targets in (np.full((4, 2), np.nan), np.ones((4, 2))):
+        stack = [keras.Input((3,)), keras_kfc.layers.Dense(2)]
+        model = compiled(keras.Sequential(stack), "mse", weight_decay=0.5, learning_rate=0.1)
+        before = flat_weights(model)
+        model.train_on_batch(x, targets)
+        weights.append((before, flat_weights(model)))
+    np.testing.assert_array_equal(*weights[0])
+    assert relative_error(*weights[1]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["int32", "bool", "sparse"])
+def test_dense_takes_inputs_of_any_kind(kind):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2, size=(16, 4))
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras_kfc.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(tf.sparse.from_dense(inputs) if kind == "sparse" else inputs)
+
+    model = compiled(Net(), "mse")
+    model.fit(x.astype("float32" if kind == "sparse" else kind), x[:, :2], 16, verbose=0)
+    expected = np.column_stack([x, np.ones(16)])
+    assert relative_error(model.optimizer.blocks[0].omega[0], expected.T @ expected / 16) < 1e-5
+
+
 def test_broken_targets_skip_the_step_but_not_the_factors():
     """Sampled factors do not depend on the targets."""
     model = compiled(

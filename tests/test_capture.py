@@ -1,0 +1,109 @@
+"""Which forward pass the factors come from, in train steps of every kind."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from conftest import relative_error
+
+X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
+EXTENDED = np.column_stack([X, np.ones(8)])
+OMEGA = EXTENDED.T @ EXTENDED / 8
+
+
+def built(model=keras.Sequential, **compile_options):
+    """A compiled model of one layer, whose omega is that of its last batch."""
+    net = model([keras.Input((4,)), keras_kfc.layers.Dense(2)])
+    net.compile(keras_kfc.KFC(factor_update_period=1, factor_decay=0.0), "mse", **compile_options)
+    return net
+
+
+def omega_of(model):
+    return model.optimizer.blocks[0].omega[0]
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_an_inference_pass_inside_the_train_step_does_not_count(run_eagerly):
+    class Consistent(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            with tf.GradientTape() as tape:
+                outputs = self(x, training=True)
+                tf.stop_gradient(self(100.0 * x, training=False))
+                loss = self.compute_loss(x, y, outputs)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    model = built(Consistent, run_eagerly=run_eagerly)
+    model.train_on_batch(X, Y)
+    assert relative_error(omega_of(model), OMEGA) < 1e-5
+
+
+def test_passes_that_nobody_finished_leave_no_trace():
+    """A gradient for its own sake, between the steps of a custom loop and of `fit`."""
+    model = built()
+    optimizer, loss = model.optimizer, keras.losses.MeanSquaredError()
+    optimizer.build(model.trainable_variables)
+
+    def look_at_gradients():
+        big = tf.constant(100.0 * X)
+        with tf.GradientTape() as tape:
+            tape.watch(big)
+            value = model.compute_loss(big, Y, model(big, training=True))
+        tape.gradient(value, big)
+
+    look_at_gradients()
+    with tf.GradientTape() as tape:
+        with keras_kfc.Capture() as capture:
+            outputs = model(X, training=True)
+        value = loss(Y, outputs)
+    gradients = tape.gradient(value, model.trainable_variables)
+    optimizer.update_factors(capture, loss, Y, outputs)
+    optimizer.apply(gradients, model.trainable_variables)
+    assert relative_error(omega_of(model), OMEGA) < 1e-5
+    look_at_gradients()
+    model.train_on_batch(X, Y)
+    assert relative_error(omega_of(model), OMEGA) < 1e-5
+
+
+def test_several_losses_before_one_step_are_told(caplog):
+    class Twice(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(3.0 * x, training=True))
+                loss += self.compute_loss(x, y, self(x, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    model = built(Twice)
+    model.train_on_batch(X, Y)
+    assert "computed its loss more than once" in caplog.text
+    assert relative_error(omega_of(model), OMEGA) < 1e-5
+
+
+def test_a_layer_called_by_hand_changes_nothing():
+    model = built()
+    model.layers[0].call(tf.ones((2, 4)))
+    model.train_on_batch(X, Y)
+    assert relative_error(omega_of(model), OMEGA) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("capture", (None, "mse", Y, Y)),
+        ("loss", (keras_kfc.Capture(), None, Y, Y)),
+        ("y_pred", (keras_kfc.Capture(), "mse", Y, None)),
+    ],
+)
+def test_bad_arguments_of_update_factors_are_refused_by_name(name, arguments):
+    model = built()
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
+        model.optimizer.update_factors(*arguments)
