@@ -209,7 +209,13 @@ def active_capture(layer: Any) -> Capture | None:
     # Not `layer._get_call_context()`, which leaves a context behind where there is none.
     context = get_global_attribute("current_call_ctx")
     model = getattr(context, "entry_layer", None)
-    optimizer = kronecker_optimizer(getattr(model, "optimizer", None))
+    optimizer = getattr(model, "optimizer", None)
+    part = model is not None and optimizer is None
+    if part:
+        # Part of a model, called by the train step of the whole.
+        owner = getattr(layer.kronecker_kernel, "kronecker_owner", None)
+        optimizer = None if owner is None else owner()
+    optimizer = kronecker_optimizer(optimizer)
     if optimizer is None or not layer.kronecker_kernel.trainable:
         return None
     if getattr(context, "training", None) is False:
@@ -218,8 +224,10 @@ def active_capture(layer: Any) -> Capture | None:
     if pending is not None and pending.capture.is_open:
         same_pass = pending.context is context
         # Several forward passes before one loss are one pass in a graph. In
-        # eager mode the older one may be a pass that nobody finished.
-        if same_pass or pending.capture.belongs_to_current_graph():
+        # eager mode the older one may be a pass that nobody finished, unless
+        # this is another part of the model.
+        new_part = part and id(layer.kronecker_kernel) not in pending.capture.records
+        if same_pass or new_part or pending.capture.belongs_to_current_graph():
             return pending.capture
         pending.capture.close()
     if not tape_record.could_possibly_record():

@@ -99,6 +99,7 @@ class FactorUpdates(PreconditionedStep):
             trainable_variables: The variables they belong to; optional once
                 the optimizer is built.
         """
+        self._built_now = not self.built
         if not self.built and trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             with keras.name_scope(self.name, caller=self):
@@ -121,22 +122,28 @@ class FactorUpdates(PreconditionedStep):
                 "KFC uses the empirical Fisher matrix, because %s is trained without its "
                 "compiled loss, so that the model's own distribution is not known. On "
                 'regression this can diverge where fisher="sampled" does not. Let the train '
-                "step call `compute_loss`, or use `keras_kfc.Capture` in it.",
+                "step call the whole model and `compute_loss`, or use `keras_kfc.Capture` in it.",
                 type(capture.model).__name__,
             )
         records = [r for r in capture.records.values() if r.ordinary_derivatives]
         if not records:
             return
         batch_size = tf.shape(records[0].inputs[0])[0]
-        scale = tf.cast(batch_size, tf.float32) / self._total_loss_scale(capture.model)
+        scale = tf.cast(batch_size, tf.float32) / self._total_loss_scale(capture)
         self._accumulate(
             capture, batch_size, lambda wanted: ordinary_gammas(capture, scale, wanted)
         )
 
-    def _total_loss_scale(self, model):
+    def _total_loss_scale(self, capture):
         """What the loss was multiplied by before the ordinary backward pass."""
         scale = 1.0 if self.loss_scale_factor is None else float(self.loss_scale_factor)
-        outer = model.optimizer
-        if outer is not self and kronecker_optimizer(outer) is self:
+        outer = getattr(capture.model, "optimizer", None)
+        half = any(r.pre_activations[0].dtype == tf.float16 for r in capture.records.values())
+        if outer is None and half:
+            raise ValueError(
+                "KFC cannot tell the loss scale of a train step in float16 that calls parts of "
+                "the model. Call the whole model, or use `keras_kfc.Capture` in the train step."
+            )
+        if outer is not None and outer is not self and kronecker_optimizer(outer) is self:
             scale *= tf.cast(outer.dynamic_scale, tf.float32)
         return scale

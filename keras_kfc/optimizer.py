@@ -6,6 +6,7 @@ takes in statistics stands in `factor_updates`, what it does with gradients in
 """
 
 import random
+import weakref
 from typing import Any
 
 import keras
@@ -204,6 +205,7 @@ class KFC(FactorUpdates):
         self._momentums: tuple[Any, ...] = ()
         self._second_moments: tuple[Any, ...] = ()
         self._noticed = False
+        self._built_now = False
 
     def _counter(self, name: str, initial: int = 0) -> keras.Variable:
         initializer = keras.initializers.Constant(initial)
@@ -259,6 +261,8 @@ class KFC(FactorUpdates):
         self._preconditioner = Preconditioner(
             variables, lambda variable: indices.get(self._var_key(variable)), self.add_variable
         )
+        for block in self.blocks:
+            variables[block.kernel].kronecker_owner = weakref.ref(self)
         covered = self._preconditioner.covered
         self._momentums = tuple(self.add_optimizer_variables(variables, "momentum"))
         self._second_moments = tuple(

@@ -146,11 +146,15 @@ class Preconditioner:
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
-    def directions(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
+    def directions(
+        self, gradients: Mapping[int, tf.Tensor], first: bool = False
+    ) -> dict[int, tf.Tensor]:
         """Preconditions gradients.
 
         Args:
             gradients: Gradients by index of their variable.
+            first: Whether the optimizer was built just now, so that parts of a
+                model could not know it in the forward pass.
 
         Returns:
             `omega⁻¹ D gamma⁻¹` for every covered variable with a gradient, by
@@ -169,7 +173,7 @@ class Preconditioner:
                     f"Layer {block.path} was stripped after the optimizer was built. Compile the "
                     "model again with a new optimizer."
                 )
-            if block.kernel not in self._captured:
+            if block.kernel not in self._captured and not first:
                 raise ValueError(
                     f"KFC received a gradient for layer {block.path}, but never saw its inputs "
                     "and derivatives. Train the model with `fit` or `train_on_batch`; let a "

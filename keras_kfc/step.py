@@ -12,6 +12,7 @@ class PreconditionedStep(keras.optimizers.Optimizer):
     """The part of `keras_kfc.KFC` that turns gradients into updates."""
 
     _preconditioner: Preconditioner
+    _built_now: bool
 
     def _apply_weight_decay(self, variables):
         """Does nothing: decay belongs to the update, which broken gradients skip."""
@@ -28,7 +29,7 @@ class PreconditionedStep(keras.optimizers.Optimizer):
             for index, gradient in zip(variables, grads, strict=True)
         }
         self._refresh_inverses()
-        directions = self._preconditioner.directions(gradients)
+        directions = self._preconditioner.directions(gradients, first=self._built_now)
         quadratic = tf.add_n(
             [tf.zeros(())]
             + [

@@ -107,3 +107,47 @@ def test_bad_arguments_of_update_factors_are_refused_by_name(name, arguments):
     model.optimizer.build(model.trainable_variables)
     with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
         model.optimizer.update_factors(*arguments)
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(run_eagerly, caplog):
+    class Wrapper(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.encoder = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3, "tanh")])
+            self.decoder = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])
+
+        def call(self, inputs):
+            return self.decoder(self.encoder(inputs))
+
+        def train_step(self, data):
+            x, y, *_ = data
+            with tf.GradientTape() as tape:
+                outputs = self.decoder(self.encoder(x, training=True), training=True)
+                loss = tf.reduce_mean(tf.square(y - outputs))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    model = Wrapper()
+    model(X)
+    model.compile(keras_kfc.KFC(factor_update_period=1), "mse", run_eagerly=run_eagerly)
+    before = model.evaluate(X, Y, verbose=0)
+    model.fit(X, Y, batch_size=8, epochs=30, verbose=0)
+    assert len([r for r in caplog.records if "empirical" in r.getMessage()]) == 1
+    assert len(model.optimizer.blocks) == 2
+    assert model.evaluate(X, Y, verbose=0) < 0.7 * before
+    assert relative_error(model.optimizer.blocks[0].omega[0], OMEGA) < 1e-5
+    # Gamma of the last layer, by hand: derivatives of one example's loss.
+    residuals = 2 * (model(X).numpy() - Y) / 2
+    fresh = Wrapper()
+    fresh(X)
+    fresh.set_weights(model.get_weights())
+    fresh.compile(
+        keras_kfc.KFC(factor_update_period=1, factor_decay=0.0, learning_rate=0.0),
+        "mse",
+        run_eagerly=run_eagerly,
+    )
+    fresh.fit(X, Y, batch_size=8, epochs=2, verbose=0)
+    gamma = fresh.optimizer.blocks[1].gamma[0]
+    assert relative_error(gamma, residuals.T @ residuals / 8) < 1e-5

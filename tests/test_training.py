@@ -145,6 +145,7 @@ def test_custom_loop_equals_fit(reference):
 
 def test_gradients_without_statistics_are_refused_with_advice():
     model, optimizer = conv_net(), kfc()
+    optimizer.build(model.trainable_variables)
     with pytest.raises(ValueError, match=r"layer .*conv, but never saw"):
         optimizer.apply(
             [tf.ones(v.shape) for v in model.trainable_variables], model.trainable_variables
