@@ -6,29 +6,21 @@ differentiate the model's outputs with respect to every `s`, any number of
 times, inside `tf.cond` too. There are two ways to get one:
 
 * a custom training loop opens it as a context manager;
-* a compiled model whose optimizer has Kronecker factors opens one by itself at
-  the first instrumented layer of a training pass and closes it when it
-  computes its loss; the optimizer collects it when it applies the gradients.
+* a compiled model opens one by itself (`keras_kfc.pending`).
 
 State is thread-local, because the replicas of a `tf.distribute` strategy trace
 as interleaved threads.
 """
 
 import dataclasses
-import logging
 import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src.backend.common.global_state import get_global_attribute
-from tensorflow.python.eager import record as tape_record
 
 from keras_kfc.factors import Geometry
-
-_logger = logging.getLogger("keras_kfc")
 
 
 @dataclasses.dataclass
@@ -94,11 +86,11 @@ class Capture:
 
     def __enter__(self) -> "Capture":
         self.open()
-        _state.explicit.append(self)
+        _opened.captures.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _state.explicit.remove(self)
+        _opened.captures.remove(self)
         self.close()
 
     def open(self) -> None:
@@ -198,123 +190,17 @@ class Capture:
         return self.records[id(kernel)]
 
 
-def active_capture(layer: Any) -> Capture | None:
-    """The capture that a layer call belongs to, or None if nobody asked.
-
-    Args:
-        layer: The instrumented layer that is being called.
-    """
-    if _state.explicit:
-        return _state.explicit[-1]
-    # Not `layer._get_call_context()`, which leaves a context behind where there is none.
-    context = get_global_attribute("current_call_ctx")
-    model = getattr(context, "entry_layer", None)
-    optimizer = getattr(model, "optimizer", None)
-    part = model is not None and optimizer is None
-    if part:
-        # Part of a model, called by the train step of the whole.
-        owner = getattr(layer.kronecker_kernel, "kronecker_owner", None)
-        optimizer = None if owner is None else owner()
-    optimizer = kronecker_optimizer(optimizer)
-    if optimizer is None or not layer.kronecker_kernel.trainable:
-        return None
-    if getattr(context, "training", None) is False:
-        return None
-    pending = _state.pending.get(optimizer)
-    if pending is not None and pending.capture.is_open:
-        same_pass = pending.context is context
-        # Several forward passes before one loss are one pass in a graph. In
-        # eager mode the older one may be a pass that nobody finished, unless
-        # this is another part of the model.
-        new_part = part and id(layer.kronecker_kernel) not in pending.capture.records
-        if same_pass or new_part or pending.capture.belongs_to_current_graph():
-            return pending.capture
-        pending.capture.close()
-    if not tape_record.could_possibly_record():
-        # A forward pass in training mode that nobody differentiates.
-        return None
-    watch_loss(model)
-    capture = Capture()
-    capture.model = model
-    capture.open()
-    if pending is not None and pending.capture.loss is not None:
-        _logger.warning(
-            "%s computed its loss more than once before the optimizer's step: the Kronecker "
-            "factors come from the last time. To choose, use `keras_kfc.Capture` and "
-            "`update_factors` in the train step.",
-            type(model).__name__,
-        )
-    _state.pending[optimizer] = _Pending(context, capture)
-    return capture
+def innermost_capture() -> Capture | None:
+    """The capture that was opened last as a context manager, or None."""
+    return _opened.captures[-1] if _opened.captures else None
 
 
-def take_pending(optimizer: Any) -> Capture | None:
-    """Hands the capture of the last training pass to its optimizer, once.
-
-    Args:
-        optimizer: The optimizer with Kronecker factors.
-    """
-    pending = _state.pending.pop(optimizer, None)
-    if pending is None:
-        return None
-    pending.capture.close()
-    return pending.capture
-
-
-def kronecker_optimizer(optimizer: Any) -> Any:
-    """The optimizer with Kronecker factors, unwrapped from loss scaling, or None."""
-    while optimizer is not None and not hasattr(optimizer, "update_factors"):
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    return optimizer
-
-
-def watch_loss(model: Any) -> None:
-    """Makes a model's compiled loss tell the open capture what it was called with.
-
-    The wrapper stands on the instance of `CompileLoss`, which belongs to one
-    `compile` and is never saved: the model and its class stay as they are, and
-    every train step that uses the compiled loss is served.
-
-    Args:
-        model: A compiled `keras.Model`.
-    """
-    compiled = getattr(model, "_compile_loss", None)
-    if compiled is None or "call" in vars(compiled):
-        return
-    original = compiled.call
-
-    def call(y_true, y_pred, sample_weight=None):
-        value = original(y_true, y_pred, sample_weight)
-        optimizer = kronecker_optimizer(model.optimizer)
-        pending = None if optimizer is None else _state.pending.get(optimizer)
-        if pending is not None and pending.capture.is_open:
-            pending.capture.close()
-            pending.capture.loss = LossEvaluation(compiled, y_true, y_pred, sample_weight, value)
-        return value
-
-    compiled.call = call
-
-
-def unwatch_loss(model: Any) -> None:
-    """Undoes `watch_loss`."""
-    compiled = getattr(model, "_compile_loss", None)
-    if compiled is not None:
-        vars(compiled).pop("call", None)
-
-
-@dataclasses.dataclass
-class _Pending:
-    context: Any
-    capture: Capture
-
-
-class _State(threading.local):
+class _Opened(threading.local):
     def __init__(self) -> None:
-        self.explicit: list[Capture] = []
-        self.pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
+        self.captures: list[Capture] = []
 
 
-_state = _State()
+_opened = _Opened()
 
 
 def _out_of_reach(paths: list[str]) -> ValueError:

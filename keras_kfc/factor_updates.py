@@ -5,9 +5,10 @@ import logging
 import keras
 import tensorflow as tf
 
-from keras_kfc.capture import Capture, kronecker_optimizer, take_pending
+from keras_kfc.capture import Capture
 from keras_kfc.derivatives import output_derivatives
 from keras_kfc.losses import compile_loss, loss_terms
+from keras_kfc.pending import kronecker_optimizer, take_pending
 from keras_kfc.statistics import batch_gammas, batch_size_of, ordinary_gammas
 from keras_kfc.step import PreconditionedStep
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_kfc import layers
-from keras_kfc.capture import kronecker_optimizer, unwatch_loss
 from keras_kfc.layers import KroneckerLayer, is_marked, mark_kernel, unmark_kernel
+from keras_kfc.pending import kronecker_optimizer, unwatch_loss
 
 _logger = logging.getLogger("keras_kfc")
 

@@ -13,8 +13,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kfc.capture import active_capture
 from keras_kfc.factors import ConvGeometry, DenseGeometry, Geometry
+from keras_kfc.pending import active_capture
 
 
 class KroneckerLayer:

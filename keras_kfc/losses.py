@@ -105,7 +105,7 @@ def loss_terms(
     terms: list[LossTerm] = []
     recording = object.__new__(type(compiled))
     recording.__dict__.update(compiled.__dict__)
-    recording.__dict__.pop("call", None)  # the wrapper of keras_kfc.capture.watch_loss
+    recording.__dict__.pop("call", None)  # the wrapper of keras_kfc.pending.watch_loss
     entries = [
         entry._replace(loss=_Recorder(entry.loss, entry.loss_weights, terms))
         for entry in compiled._flat_losses
