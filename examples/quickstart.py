@@ -78,7 +78,7 @@ def train_all(options: argparse.Namespace, data: ImageData) -> list[Run]:
             data,
             epochs=options.epochs,
             batch_size=256 if fashion else 64,
-            every=5,
+            every=25 if fashion else 5,
             seed=options.seed,
         )
 
