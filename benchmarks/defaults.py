@@ -30,6 +30,7 @@ SETTINGS = (
     "SGD(1.0, momentum=0.9)",
     "Adam(1e-3)",
     "Adam(3e-3)",
+    "Adam(1e-2)",
 )
 
 
@@ -77,8 +78,8 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of the Fashion-MNIST IDX files")
     parser.add_argument("--problems", nargs="+", choices=list(MARKS), default=list(MARKS))
     parser.add_argument(
-        "settings",
-        nargs="*",
+        "--settings",
+        nargs="+",
         default=list(SETTINGS),
         help='such as "KFC(damping=0.3)"; default: KFC() and a grid of SGD and Adam',
     )

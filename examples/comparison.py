@@ -180,8 +180,8 @@ def table(runs: Sequence[Run], target: float) -> Table:
         "training\nloss",
         "held-out\nloss",
         "held-out\naccuracy",
-        f"iterations to\nloss {target:.3g}",
-        f"seconds to\nloss {target:.3g}",
+        f"iterations\nto {target:.3g}",
+        f"seconds\nto {target:.3g}",
     ):
         result.add_column(heading, justify="right")
     for run in runs:
@@ -195,7 +195,7 @@ def table(runs: Sequence[Run], target: float) -> Table:
             f"{run.test_loss:.3f}",
             f"{run.test_accuracy:.2%}",
             "never" if reached is None else f"{reached[0]:,}",
-            "never" if reached is None else f"{reached[1]:.1f}",
+            "never" if reached is None else f"{reached[1]:.2f}",
         )
     return result
 

@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args(arguments)
+    if options.epochs < 1:
+        parser.error(f"argument --epochs: expected a positive integer, received {options.epochs}")
 
     data = load_digits()
     batches = tf.data.Dataset.from_tensor_slices((data.train_images, data.train_labels))

@@ -76,8 +76,14 @@ class Coverage:
             count = "?" if entry.parameters is None else f"{entry.parameters:,}"
             rule = "Kronecker block" if entry.covered else f"fallback rule: {entry.reason}"
             table.add_row(entry.path, entry.kind, count, rule)
+        sizes = [(entry.covered, entry.parameters or 0) for entry in self.entries]
+        share = sum(size for covered, size in sizes if covered) / max(1, sum(s for _, s in sizes))
+        table.caption = (
+            f"{len(self.covered)} of {len(self.entries)} layers and {share:.1%} of the parameters "
+            "have a Kronecker block"
+        )
         output = io.StringIO()
-        Console(file=output, width=100).print(table)
+        Console(file=output, width=140).print(table)
         return output.getvalue().rstrip()
 
     __repr__ = __str__
@@ -238,7 +244,8 @@ def coverage(model: keras.Model) -> Coverage:
             continue
         reason = reason or _reason_without_block(layer)
         count = sum(math.prod(variable.shape) for variable in own) if layer.built else None
-        entries.append(LayerCoverage(layer.path, type(layer).__name__, count, not reason, reason))
+        path = layer.path or layer.name  # layers have no path before they are built
+        entries.append(LayerCoverage(path, type(layer).__name__, count, not reason, reason))
     return Coverage(entries)
 
 
@@ -251,7 +258,7 @@ def _reason_without_block(layer):
             return "excluded"
         return "" if layer.kronecker_kernel.trainable else "its kernel is frozen"
     if type(layer) in _INSTRUMENTED:
-        return "not instrumented"
+        return "not instrumented (call keras_kfc.instrument)"
     if isinstance(layer, tuple(_INSTRUMENTED)):
         return "a subclass may compute something else"
     return "no block for this class"

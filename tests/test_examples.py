@@ -55,10 +55,10 @@ def test_quickstart_runs_as_a_script_from_anywhere(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for text in ("KFC()", "SGD(0.01, momentum=0.9)", "Adam(0.001)", "ms/step", "accuracy"):
+    for text in ("KFC()", "SGD(0.01, momentum=0.9)", "Adam(0.003)", "ms/step", "accuracy"):
         assert text in done.stdout
-    assert (tmp_path / "out" / "digits.png").read_bytes().startswith(b"\x89PNG")
-    served = tf.saved_model.load(str(tmp_path / "saved" / "digits"))
+    assert (tmp_path / "out" / "digits-quick.png").read_bytes().startswith(b"\x89PNG")
+    served = tf.saved_model.load(str(tmp_path / "saved" / "digits-quick"))
     data = load_digits()
     accuracy = np.mean(served.serve(data.test_images).numpy().argmax(-1) == data.test_labels)
     assert f"reads {accuracy:.2%} of held-out images right" in done.stdout
@@ -68,7 +68,7 @@ def test_quickstart_on_idx_files(tmp_path, fashion_folder, capsys):
     arguments = ["--quick", "--dataset", "fashion-mnist", "--data-dir", str(fashion_folder)]
     assert quickstart.main(arguments + outputs_in(tmp_path)) == 0
     assert "SavedModel" in capsys.readouterr().out
-    assert (tmp_path / "out" / "fashion-mnist.png").is_file()
+    assert (tmp_path / "out" / "fashion-mnist-quick.png").is_file()
 
 
 def damage_nothing(path):
@@ -175,6 +175,12 @@ def test_diverged_runs_are_never_the_best():
     diverged = Run("SGD", "1", None, losses=[float("nan")])
     fine = Run("SGD", "0.1", None, losses=[0.5])
     assert best([diverged, fine]) is fine
+
+
+def test_custom_loop_refuses_no_epochs(capsys):
+    with pytest.raises(SystemExit):
+        custom_loop.main(["--epochs", "0"])
+    assert "--epochs" in capsys.readouterr().err
 
 
 def test_custom_loop_learns(capsys):

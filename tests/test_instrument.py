@@ -262,6 +262,18 @@ def test_coverage_tells_why_layers_fall_back():
     assert "frozen" not in changed
 
 
+def test_layers_have_names_before_they_are_built():
+    model = keras.Sequential([layers.Conv2D(4, 3, name="first"), layers.Dense(2, name="last")])
+    assert keras_kfc.coverage(keras_kfc.instrument(model)).covered == ["first", "last"]
+
+
+def test_the_table_tells_the_share_of_parameters():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.BatchNormalization()])
+    assert "1 of 2 layers and 71.4% of the parameters" in str(
+        keras_kfc.coverage(keras_kfc.instrument(model))
+    )
+
+
 def test_verbose_prints_the_table(capsys):
     keras_kfc.instrument(conv_net(layers), verbose=True)
     printed = capsys.readouterr().out
