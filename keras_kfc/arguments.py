@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import numbers
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -114,7 +115,7 @@ def check_base_arguments(arguments: Mapping[str, Any]) -> None:
     """
     learning_rate = arguments["learning_rate"]
     # Schedules, callables and what is none of these are left to Keras.
-    if isinstance(learning_rate, (int, float)):
+    if isinstance(learning_rate, numbers.Real):
         check_number("learning_rate", learning_rate, 0)
     for name in ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"):
         if arguments[name] is not None:

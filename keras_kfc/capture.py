@@ -42,6 +42,16 @@ class LayerRecord:
     pre_activations: list[tf.Tensor] = dataclasses.field(default_factory=list)
     ordinary_derivatives: list[tf.Tensor] = dataclasses.field(default_factory=list)
 
+    def dense_inputs(self) -> list[tf.Tensor]:
+        """The inputs as dense floating-point tensors; to be called where they are needed."""
+        dense = [
+            tf.sparse.to_dense(a) if isinstance(a, tf.SparseTensor) else a for a in self.inputs
+        ]
+        return [
+            a if a.dtype.is_floating else tf.cast(a, s.dtype)
+            for a, s in zip(dense, self.pre_activations, strict=True)
+        ]
+
 
 @dataclasses.dataclass
 class LossEvaluation:
@@ -105,9 +115,9 @@ class Capture:
             self._tape.__exit__(None, None, None)
             self.is_open = False
 
-    def belongs_to_current_graph(self) -> bool:
-        """Whether the capture was opened in the graph that is being built now."""
-        return self._graph is not None and _current_graph() is self._graph
+    def was_opened_here(self) -> bool:
+        """Whether the capture was opened in the graph that is being built now, or eagerly."""
+        return _current_graph() is self._graph
 
     @property
     def paths(self) -> list[str]:
@@ -131,10 +141,6 @@ class Capture:
             raise _out_of_reach([layer.path])
         self._tape.watch(pre_activation)
         record_ = self._record_of(layer)
-        if isinstance(inputs, tf.SparseTensor):
-            inputs = tf.sparse.to_dense(inputs)
-        if not inputs.dtype.is_floating:
-            inputs = tf.cast(inputs, pre_activation.dtype)
         record_.inputs.append(inputs)
         record_.pre_activations.append(pre_activation)
 

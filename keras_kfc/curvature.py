@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_kfc.arguments import check_choice, check_positive_integer, check_seed
 from keras_kfc.capture import Capture
 from keras_kfc.derivatives import FISHERS, output_derivatives
-from keras_kfc.instrument import instrument_layers, strip_layer
+from keras_kfc.instrument import instrumented
 from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.statistics import batch_gammas, batch_omegas, batch_size_of
 
@@ -88,12 +88,8 @@ def kronecker_factors(
             f"Argument `y` must have as many examples as `x`, {examples}. "
             f"Received: {_length_of('y', y)}"
         )
-    swapped = instrument_layers(model)
-    try:
+    with instrumented(model):
         return _factors(model, x, y, examples, _loss_of(model, loss), fisher, batch_size, seed)
-    finally:
-        for layer in swapped:
-            strip_layer(layer)
 
 
 def _length_of(name, data):

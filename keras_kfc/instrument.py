@@ -4,11 +4,12 @@ Layers change their class to the subclass that captures, and back; weights,
 names, configuration and the graph of a functional model stay as they are.
 """
 
+import contextlib
 import dataclasses
 import io
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import keras
 from rich.console import Console
@@ -144,12 +145,13 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
     _require_model(model)
     if isinstance(exclude, str):
         exclude = [exclude]
-    if not isinstance(exclude, Iterable) or not all(isinstance(name, str) for name in exclude):
+    names = list(exclude) if isinstance(exclude, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
         raise TypeError(
             "Argument `exclude` must be an iterable of names or paths of layers. "
             f"Received: exclude={exclude!r} of type {type(exclude).__name__}"
         )
-    excluded = set(exclude)
+    excluded = set(names)
     inner = _layers_of(model)
     unknown = excluded - {name for layer, _ in inner for name in (layer.name, layer.path)}
     if unknown:
@@ -173,7 +175,34 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
             if layer.built:
                 mark_kernel(layer)
             changed.append(layer)
+        elif isinstance(layer, KroneckerLayer) and layer.built and not is_marked(layer):
+            mark_kernel(layer)
+            changed.append(layer)
     return changed
+
+
+@contextlib.contextmanager
+def instrumented(model: keras.Model) -> Iterator[None]:
+    """Instruments a model's layers for the time being, whatever they were before.
+
+    Args:
+        model: The model.
+    """
+    before = [
+        (layer, type(layer), isinstance(layer, KroneckerLayer) and is_marked(layer))
+        for layer, _ in _layers_of(model)
+    ]
+    instrument_layers(model)
+    try:
+        yield
+    finally:
+        for layer, kind, marked in before:
+            if isinstance(layer, KroneckerLayer) and is_marked(layer) and not marked:
+                unmark_kernel(layer)
+            if type(layer) is not kind:
+                layer.__class__ = kind
+            if marked and not is_marked(layer):
+                mark_kernel(layer)
 
 
 def strip(model: keras.Model) -> keras.Model:

@@ -137,8 +137,11 @@ def unmark_kernel(layer: Any) -> None:
 
 
 def is_marked(layer: Any) -> bool:
-    """Whether a layer is built and its kernel variable refers to it."""
-    return layer.built and layer_of(layer.kronecker_kernel) is layer
+    """Whether a layer is built and its kernel variable refers to a layer.
+
+    Layers that share one kernel variable are all marked by the last of them.
+    """
+    return layer.built and layer_of(layer.kronecker_kernel) is not None
 
 
 def layer_of(variable: Any) -> Any:

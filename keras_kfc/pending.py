@@ -12,6 +12,7 @@ import threading
 import weakref
 from typing import Any
 
+import tensorflow as tf
 from keras.src.backend.common.global_state import get_global_attribute
 from tensorflow.python.eager import record as tape_record
 
@@ -50,7 +51,8 @@ def active_capture(layer: Any) -> Capture | None:
         # eager mode the older one may be a pass that nobody finished, unless
         # this is another part of the model.
         new_part = part and id(layer.kronecker_kernel) not in pending.capture.records
-        if same_pass or new_part or pending.capture.belongs_to_current_graph():
+        same_graph = not tf.executing_eagerly() and pending.capture.was_opened_here()
+        if same_pass or new_part or same_graph:
             return pending.capture
         pending.capture.close()
     if not tape_record.could_possibly_record():
@@ -60,7 +62,7 @@ def active_capture(layer: Any) -> Capture | None:
     capture = Capture()
     capture.model = model
     capture.open()
-    if pending is not None and pending.capture.loss is not None:
+    if pending is not None and pending.capture.loss and pending.capture.was_opened_here():
         _logger.warning(
             "%s computed its loss more than once before the optimizer's step: the Kronecker "
             "factors come from the last time. To choose, use `keras_kfc.Capture` and "

@@ -109,7 +109,9 @@ class Preconditioner:
         )
         # A NaN can stop at a rectifier, so that layers above it look sound: where an
         # input of one layer is broken, the batch is.
-        sound = all_finite([a for record in capture.records.values() for a in record.inputs])
+        sound = all_finite(
+            [a for record in capture.records.values() for a in record.dense_inputs()]
+        )
         refused = [
             blocks[key].accumulate(omegas[key], new_gammas[key], decay, sound) for key in blocks
         ]

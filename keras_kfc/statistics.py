@@ -34,7 +34,7 @@ def batch_omegas(
         `{key: omega}`.
     """
     return {
-        key: input_factor(record.geometry, record.inputs, batch_size, use_bias[key])
+        key: input_factor(record.geometry, record.dense_inputs(), batch_size, use_bias[key])
         for key, record in capture.records.items()
         if key in use_bias
     }

@@ -165,7 +165,7 @@ def test_exclude_leaves_layers_to_the_fallback_rule():
         train(model, keras_kfc.KFC(), steps=1)
         assert [block.path for block in model.optimizer.blocks] == [model.layers[-1].path]
     model = keras_kfc.instrument(conv_net(layers))
-    keras_kfc.instrument(model, exclude="dense")
+    keras_kfc.instrument(model, exclude=(name for name in ["dense"]))
     assert leaf_names(keras_kfc.coverage(model).covered) == ["conv"]
 
 
@@ -186,6 +186,8 @@ def test_exclude_reaches_into_containers_and_subclasses():
     model.compile(keras_kfc.KFC(), "mse")
     model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
     assert len(model.optimizer.blocks) == 1
+    keras_kfc.instrument(model)
+    assert leaf_names(keras_kfc.coverage(model).covered) == ["own", "head"]
 
 
 def test_capturing_layers_in_a_loop_are_left_to_the_fallback_rule():
@@ -193,6 +195,9 @@ def test_capturing_layers_in_a_loop_are_left_to_the_fallback_rule():
     model = keras.Sequential(
         [keras.Input((5, 4)), layers.TimeDistributed(inner), layers.Flatten(), layers.Dense(2)]
     )
+    factors = keras_kfc.kronecker_factors(model, np.ones((8, 5, 4)), loss="mse")
+    assert list(factors) == [model.layers[-1].path]
+    assert type(inner) is keras_kfc.layers.Dense  # as it was
     assert keras_kfc.coverage(model).fallback[inner.path] == "inside TimeDistributed"
     keras_kfc.instrument(model).compile(keras_kfc.KFC(), "mse")
     model.fit(np.ones((8, 5, 4)), np.ones((8, 2)), verbose=0)
