@@ -187,7 +187,11 @@ def instrumented(model: keras.Model) -> Iterator[None]:
 
     Args:
         model: The model.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
     """
+    _require_model(model)
     before = [
         (layer, type(layer), isinstance(layer, KroneckerLayer) and is_marked(layer))
         for layer, _ in _layers_of(model)
