@@ -3,6 +3,7 @@
 from keras_kfc import (
     _backend,  # noqa: F401  (first: it checks the Keras backend)
     layers,
+    patches,
 )
 from keras_kfc.capture import Capture
 from keras_kfc.curvature import KroneckerFactors, kronecker_factors
@@ -24,5 +25,6 @@ __all__ = [
     "instrument",
     "kronecker_factors",
     "layers",
+    "patches",
     "strip",
 ]

@@ -20,6 +20,14 @@ def _default_float_type():
     keras.config.set_dtype_policy("float32")
 
 
+@pytest.fixture
+def eager_functions():
+    """Graph functions run eagerly: building one for each of many cases takes longer."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
 def output_geometry(size, kernel, stride, padding, dilation):
     """Number of output positions along one axis, and the zero padding before it."""
     extent = dilation * (kernel - 1) + 1

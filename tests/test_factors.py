@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 
 import keras_kfc
-from conftest import naive_gamma, naive_omega, naive_patches, relative_error, softmax
+from conftest import naive_gamma, naive_omega, relative_error, softmax
 from keras_kfc.factors import ConvGeometry, DenseGeometry, input_factor, output_factor
-from keras_kfc.patches import extract_patches, patch_second_moment
+from keras_kfc.patches import extract_patches
 
 KERNELS = [(1, 1), (2, 2), (3, 3), (5, 5), (2, 3), (3, 1)]
 GEOMETRIES = [
@@ -30,6 +30,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("eager_functions")
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_omega_equals_loops_over_positions(data_format, use_bias):
@@ -53,25 +54,6 @@ def test_omega_of_grouped_convolution_has_a_block_for_each_group(padding):
     for group, channels in enumerate((slice(0, 3), slice(3, 6))):
         expected = naive_omega(images, (3, 2), (1, 1), padding, (1, 1), True, channels=channels)
         assert relative_error(omega[group], expected) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_summed_in_float32(dtype):
-    images = tf.cast(np.random.default_rng(0).normal(size=(64, 16, 16, 2)), dtype)
-    second_moment, patch_sum = patch_second_moment(images, (3, 3), padding="same")
-    expected, expected_sum = patch_second_moment(
-        tf.cast(images, tf.float64), (3, 3), padding="same"
-    )
-    assert second_moment.dtype == patch_sum.dtype == tf.float32
-    assert relative_error(second_moment, expected) < 1e-5
-    assert relative_error(patch_sum, expected_sum) < 1e-4
-
-
-def test_patches_are_in_the_order_of_the_kernel():
-    image = np.random.default_rng(0).normal(size=(5, 6, 2)).astype("float32")
-    patches = extract_patches(tf.constant(image[None]), (2, 3), padding="same")
-    expected = np.stack(list(naive_patches(image, (2, 3), (1, 1), "same", (1, 1))))
-    np.testing.assert_array_equal(patches[0], expected.astype("float32"))
 
 
 def test_gamma_is_a_mean_over_examples_and_positions():
