@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfc.factors import Geometry
+from keras_kfc.partition import Partition
 
 
 class KroneckerBlock:
@@ -18,17 +18,18 @@ class KroneckerBlock:
 
     Args:
         path: The layer's path.
-        geometry: How the layer's tensors map to the joint matrix.
+        partition: The layout of the layer's factors, with its geometry.
         kernel: Index of the kernel among the optimizer's variables.
         bias: Index of the bias, or None if none is trained.
         dtype: Dtype of factors and inverses.
         add_variable: The optimizer's `add_variable`.
 
     Attributes:
-        omega: Moving average of the input factor, `(G, n, n)`.
-        gamma: Moving average of the output factor, `(G, m, m)`.
-        omega_inverse: Damped inverse of omega, `(G, n, n)`.
-        gamma_inverse: Damped inverse of gamma, `(G, m, m)`.
+        omega: Moving average of the input factor, `(G * P, n, n)`; G groups of P
+            parts, see `keras_kfc.partition`.
+        gamma: Moving average of the output factor, `(G * Q, m, m)`.
+        omega_inverse: Damped inverse of omega, likewise.
+        gamma_inverse: Damped inverse of gamma, likewise.
         weight: Sum of the weights in the moving averages, a scalar in [0, 1); 0
             before the first update.
         inverted: 1 once the inverses hold numbers, 0 before.
@@ -37,27 +38,26 @@ class KroneckerBlock:
     def __init__(
         self,
         path: str,
-        geometry: Geometry,
+        partition: Partition,
         kernel: int,
         bias: int | None,
         dtype: str,
         add_variable: Callable[..., keras.Variable],
     ):
         self.path = path
-        self.geometry = geometry
+        self.partition = partition
+        self.geometry = partition.geometry
         self.kernel = kernel
         self.bias = bias
-        rows = geometry.kernel_rows + (bias is not None)
-        columns = geometry.outputs // geometry.groups
 
         def add(name: str, *shape: int) -> keras.Variable:
             full_name = f"{path.replace('/', '_')}_{name}"
             return add_variable(shape=shape, dtype=dtype, name=full_name)
 
-        self.omega = add("omega", geometry.groups, rows, rows)
-        self.gamma = add("gamma", geometry.groups, columns, columns)
-        self.omega_inverse = add("omega_inverse", geometry.groups, rows, rows)
-        self.gamma_inverse = add("gamma_inverse", geometry.groups, columns, columns)
+        self.omega = add("omega", *partition.omega_shape)
+        self.gamma = add("gamma", *partition.gamma_shape)
+        self.omega_inverse = add("omega_inverse", *partition.omega_shape)
+        self.gamma_inverse = add("gamma_inverse", *partition.gamma_shape)
         self.weight = add("weight")
         self.inverted = add("inverted")
 
@@ -92,8 +92,8 @@ class KroneckerBlock:
         """Takes over new inverses, or keeps the last good ones.
 
         Args:
-            omega_inverse: `(G, n, n)`.
-            gamma_inverse: `(G, m, m)`.
+            omega_inverse: Of the shape of omega.
+            gamma_inverse: Of the shape of gamma.
 
         Returns:
             Whether the inverses were refused because they hold a NaN or an
@@ -108,7 +108,11 @@ class KroneckerBlock:
 
     def precondition(self, joint: tf.Tensor) -> tf.Tensor:
         """Applies `omega⁻¹ D gamma⁻¹` to a joint matrix D, `(G, n, m)`."""
-        return self.omega_inverse @ joint @ self.gamma_inverse
+        inverses = (
+            tf.convert_to_tensor(self.omega_inverse),
+            tf.convert_to_tensor(self.gamma_inverse),
+        )
+        return self.partition.multiply(inverses[0], joint, inverses[1])
 
 
 def all_finite(tensors: list[Any]) -> tf.Tensor:

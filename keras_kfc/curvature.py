@@ -14,6 +14,7 @@ from keras_kfc.capture import Capture
 from keras_kfc.derivatives import FISHERS, output_derivatives
 from keras_kfc.instrument import instrumented
 from keras_kfc.losses import compile_loss, loss_terms
+from keras_kfc.partition import Partition
 from keras_kfc.statistics import batch_gammas, batch_omegas, batch_size_of
 
 
@@ -132,10 +133,12 @@ def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
             outputs = _call(model, inputs)
         size = batch_size_of(outputs)
         derivatives = output_derivatives(loss_terms(compiled, targets, outputs), fisher, batch_seed)
-        omegas = batch_omegas(
-            capture, size, {key: record.has_bias for key, record in capture.records.items()}
-        )
-        gammas = batch_gammas(capture, derivatives, capture.records)
+        partitions = {
+            key: Partition(record.geometry, record.has_bias)
+            for key, record in capture.records.items()
+        }
+        omegas = batch_omegas(capture, size, partitions)
+        gammas = batch_gammas(capture, derivatives, partitions)
         sums: dict[str, list[tf.Tensor]] = {}
         for key, record in capture.records.items():
             path = _unused_name(record.path, sums)

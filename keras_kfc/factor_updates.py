@@ -64,9 +64,9 @@ class FactorUpdates(PreconditionedStep):
         self._observe_loss(loss_value)
         seed = tf.stack([tf.cast(self._draw_seed, tf.int64), tf.cast(self._iterations, tf.int64)])
 
-        def gammas(wanted):
+        def gammas(partitions):
             terms = loss_terms(compiled, y_true, y_pred, sample_weight)
-            return batch_gammas(capture, output_derivatives(terms, self.fisher, seed), wanted)
+            return batch_gammas(capture, output_derivatives(terms, self.fisher, seed), partitions)
 
         self._accumulate(capture, batch_size_of(y_pred), gammas)
 
@@ -132,7 +132,7 @@ class FactorUpdates(PreconditionedStep):
         batch_size = tf.shape(records[0].inputs[0])[0]
         scale = tf.cast(batch_size, tf.float32) / self._total_loss_scale(capture)
         self._accumulate(
-            capture, batch_size, lambda wanted: ordinary_gammas(capture, scale, wanted)
+            capture, batch_size, lambda partitions: ordinary_gammas(capture, scale, partitions)
         )
 
     def _total_loss_scale(self, capture):

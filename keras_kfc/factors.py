@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_kfc.patches import at_least_float32, patch_second_moment
+from keras_kfc.patches import at_least_float32, gram, patch_second_moment, sum_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +43,14 @@ class DenseGeometry:
         """Rows of the joint matrix that belong to the kernel."""
         return self.inputs
 
-    def input_moments(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Sums of `a aᵀ` and `a` over examples and middle axes: `(1, J, J)`, `(1, J)`."""
-        rows = tf.reshape(at_least_float32(inputs), (1, -1, self.inputs))
-        return tf.matmul(rows, rows, transpose_a=True), tf.reduce_sum(rows, axis=1)
+    def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
+        """Sums of `a aᵀ` and `a` over examples and middle axes, `(P, c, c)` and `(P, c)`.
+
+        P is the number of parts that inputs are cut into, of c inputs each, the last one
+        filled up with zeros.
+        """
+        rows = split_columns(tf.reshape(at_least_float32(inputs), (1, -1, self.inputs)), parts)
+        return gram(rows), sum_of_rows(rows)
 
     def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
         """Number of output positions of all examples together, a scalar."""
@@ -97,15 +101,18 @@ class ConvGeometry:
         """Rows of the joint matrix that belong to the kernel."""
         return self.kernel_size[0] * self.kernel_size[1] * self.inputs // self.groups
 
-    def input_moments(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Sums of `p pᵀ` and `p` over examples and positions: `(G, K, K)`, `(G, K)`."""
+    def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
+        """Sums of `p pᵀ` and `p` over examples and positions, `(G * P, K, K)` and `(G * P, K)`.
+
+        P is the number of parts that the channels of each group are cut into.
+        """
         return patch_second_moment(
             inputs,
             self.kernel_size,
             self.strides,
             self.padding,
             self.dilation_rate,
-            self.groups,
+            self.groups * parts,
             self.data_format,
         )
 
@@ -159,7 +166,11 @@ Geometry = DenseGeometry | ConvGeometry
 
 
 def input_factor(
-    geometry: Geometry, inputs: Sequence[tf.Tensor], batch_size: tf.Tensor, use_bias: bool
+    geometry: Geometry,
+    inputs: Sequence[tf.Tensor],
+    batch_size: tf.Tensor,
+    use_bias: bool,
+    parts: int = 1,
 ) -> tf.Tensor:
     """Omega of one batch.
 
@@ -168,11 +179,13 @@ def input_factor(
         inputs: What the layer saw, one tensor for each time it was called.
         batch_size: Number of examples B, a scalar.
         use_bias: Whether the joint matrix has a row for the bias.
+        parts: Number of diagonal blocks of each group's factor; the bias is in
+            the first one, and its row is zero in the others.
 
     Returns:
-        `(G, n, n)`, float32 (float64 for float64 inputs).
+        `(G * parts, n, n)`, float32 (float64 for float64 inputs).
     """
-    moments = [geometry.input_moments(tensor) for tensor in inputs]
+    moments = [geometry.input_moments(tensor, parts) for tensor in inputs]
     second_moment = tf.add_n([moment for moment, _ in moments])
     examples = tf.cast(batch_size, second_moment.dtype)
     if use_bias:
@@ -180,7 +193,11 @@ def input_factor(
         patches = tf.add_n(
             [tf.cast(geometry.count_positions(tensor), second_moment.dtype) for tensor in inputs]
         )
-        corner = tf.fill((geometry.groups, 1, 1), patches)
+        corner = tf.fill((geometry.groups * parts, 1, 1), patches)
+        if parts > 1:
+            first = tf.constant([[[1.0]], *[[[0.0]]] * (parts - 1)], second_moment.dtype)
+            first = tf.tile(first, (geometry.groups, 1, 1))
+            patch_sum, corner = first * patch_sum, first * corner
         second_moment = tf.concat(
             (
                 tf.concat((second_moment, patch_sum), axis=2),
@@ -191,18 +208,32 @@ def input_factor(
     return second_moment / examples
 
 
-def output_factor(geometry: Geometry, derivatives: Sequence[tf.Tensor]) -> tf.Tensor:
+def output_factor(
+    geometry: Geometry, derivatives: Sequence[tf.Tensor], parts: int = 1
+) -> tf.Tensor:
     """Gamma of one batch and one draw of targets.
 
     Args:
         geometry: The layer's geometry.
         derivatives: `Ds`, derivatives of one example's loss (not of the mean
             over the batch), one tensor for each time the layer was called.
+        parts: Number of diagonal blocks of each group's factor.
 
     Returns:
-        `(G, m, m)`, float32 (float64 for float64 derivatives).
+        `(G * parts, m, m)`, float32 (float64 for float64 derivatives).
     """
     rows = [geometry.derivative_rows(tensor) for tensor in derivatives]
     count = tf.add_n([tf.shape(tensor)[1] for tensor in rows])
-    total = tf.add_n([tf.matmul(tensor, tensor, transpose_a=True) for tensor in rows])
+    total = tf.add_n([gram(split_columns(tensor, parts)) for tensor in rows])
     return total / tf.cast(count, total.dtype)
+
+
+def split_columns(rows: tf.Tensor, parts: int) -> tf.Tensor:
+    """Cuts `(G, N, m)` into `(G * parts, N, ceil(m / parts))`, filled up with zeros."""
+    if parts == 1:
+        return rows
+    groups, _, columns = rows.shape
+    width = -(-columns // parts)
+    rows = tf.pad(rows, ((0, 0), (0, 0), (0, width * parts - columns)))
+    rows = tf.transpose(tf.reshape(rows, (groups, -1, parts, width)), (0, 2, 1, 3))
+    return tf.reshape(rows, (groups * parts, -1, width))

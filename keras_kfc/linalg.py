@@ -12,23 +12,29 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 
-def mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
-    """Mean eigenvalue `tr(A) / n` of each matrix of a factor `(G, n, n)`: shape `(G,)`."""
-    return tf.linalg.trace(factor) / tf.cast(tf.shape(factor)[-1], factor.dtype)
+def mean_eigenvalue(factor: tf.Tensor, groups: int) -> tf.Tensor:
+    """Mean eigenvalue of the matrices of each group, `(G * P, n, n)` to `(G,)`."""
+    traces = tf.reshape(tf.linalg.trace(factor), (groups, -1))
+    return tf.reduce_mean(traces, axis=1) / tf.cast(tf.shape(factor)[-1], factor.dtype)
 
 
 def block_damping(
-    omega: tf.Tensor, gamma: tf.Tensor, damping: tf.Tensor, network_mean: tf.Tensor | None
+    omega: tf.Tensor,
+    gamma: tf.Tensor,
+    damping: tf.Tensor,
+    network_mean: tf.Tensor | None,
+    groups: int | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Splits damping between the two factors of a block (factored Tikhonov).
 
     With `λ` added to the eigenvalues of `omega ⊗ gamma`, the factors get
     `π √λ` and `√λ / π`, where `π² = (tr omega / n) / (tr gamma / m)`:
-    Martens & Grosse (2015), section 6.3.
+    Martens & Grosse (2015), section 6.3. Parts of a factor that was cut into
+    diagonal blocks get the same.
 
     Args:
-        omega: `(G, n, n)`.
-        gamma: `(G, m, m)`.
+        omega: `(G * P, n, n)`.
+        gamma: `(G * Q, m, m)`.
         damping: Scalar, at least 0. The paper's absolute `λ`, if
             `network_mean` is None; otherwise a multiple of the block's own
             mean eigenvalue `(tr omega / n)(tr gamma / m)`, so that scaling
@@ -36,26 +42,33 @@ def block_damping(
         network_mean: Mean eigenvalue of the whole network's Fisher matrix, a
             scalar. It stands in for a block whose own mean eigenvalue is zero
             (a dead layer) when damping is relative.
+        groups: G. Defaults to as many as omega has matrices.
 
     Returns:
-        `(omega_shift, gamma_shift)`, each `(G,)`: what to add to the diagonals.
-        Where a trace is zero and damping is absolute, `π = 1`.
+        `(omega_shift, gamma_shift)`, `(G * P,)` and `(G * Q,)`: what to add to the
+        diagonals. Where a trace is zero and damping is absolute, `π = 1`.
     """
+    groups = omega.shape[0] if groups is None else groups
     damping = tf.cast(damping, omega.dtype)
-    omega_mean, gamma_mean = mean_eigenvalue(omega), mean_eigenvalue(gamma)
+    omega_mean, gamma_mean = mean_eigenvalue(omega, groups), mean_eigenvalue(gamma, groups)
     if network_mean is None:
         alive = (omega_mean > 0) & (gamma_mean > 0)
         ratio = tf.where(alive, omega_mean, 1.0) / tf.where(alive, gamma_mean, 1.0)
         pi = tf.sqrt(ratio)
-        return pi * tf.sqrt(damping), tf.sqrt(damping) / pi
-    network_mean = tf.cast(network_mean, omega.dtype)
-    omega_mean = tf.where(
-        omega_mean > 0,
-        omega_mean,
-        tf.where(gamma_mean > 0, tf.math.divide_no_nan(network_mean, gamma_mean), 1.0),
+        omega_shift, gamma_shift = pi * tf.sqrt(damping), tf.sqrt(damping) / pi
+    else:
+        network_mean = tf.cast(network_mean, omega.dtype)
+        omega_mean = tf.where(
+            omega_mean > 0,
+            omega_mean,
+            tf.where(gamma_mean > 0, tf.math.divide_no_nan(network_mean, gamma_mean), 1.0),
+        )
+        gamma_mean = tf.where(gamma_mean > 0, gamma_mean, network_mean / omega_mean)
+        omega_shift, gamma_shift = tf.sqrt(damping) * omega_mean, tf.sqrt(damping) * gamma_mean
+    return (
+        tf.repeat(omega_shift, omega.shape[0] // groups),
+        tf.repeat(gamma_shift, gamma.shape[0] // groups),
     )
-    gamma_mean = tf.where(gamma_mean > 0, gamma_mean, network_mean / omega_mean)
-    return tf.sqrt(damping) * omega_mean, tf.sqrt(damping) * gamma_mean
 
 
 def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
@@ -94,6 +107,7 @@ def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
 def invert_blocks(
     omegas: Sequence[tf.Tensor],
     gammas: Sequence[tf.Tensor],
+    groups: Sequence[int],
     damping: tf.Tensor,
     relative: bool,
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -104,8 +118,9 @@ def invert_blocks(
     is being compiled by it.
 
     Args:
-        omegas: Input factors, each `(G, n, n)`.
-        gammas: Output factors, each `(G, m, m)`.
+        omegas: Input factors, each `(G * P, n, n)`.
+        gammas: Output factors, each `(G * Q, m, m)`.
+        groups: G of each block.
         damping: Scalar; see `block_damping`.
         relative: Whether damping is relative to the curvature.
 
@@ -115,14 +130,14 @@ def invert_blocks(
     """
     compiled = bool(tf.config.list_logical_devices("GPU"))
     function = _invert_blocks_xla if compiled else _invert_blocks
-    return function(list(omegas), list(gammas), damping, relative)
+    return function(list(omegas), list(gammas), tuple(groups), damping, relative)
 
 
-def _invert_all(omegas, gammas, damping, relative):
-    network_mean = _network_mean_eigenvalue(omegas, gammas) if relative else None
+def _invert_all(omegas, gammas, groups, damping, relative):
+    network_mean = _network_mean_eigenvalue(omegas, gammas, groups) if relative else None
     omega_inverses, gamma_inverses = [], []
-    for omega, gamma in zip(omegas, gammas, strict=True):
-        omega_shift, gamma_shift = block_damping(omega, gamma, damping, network_mean)
+    for omega, gamma, count in zip(omegas, gammas, groups, strict=True):
+        omega_shift, gamma_shift = block_damping(omega, gamma, damping, network_mean, count)
         omega_inverses.append(damped_inverse(omega, omega_shift))
         gamma_inverses.append(damped_inverse(gamma, gamma_shift))
     return omega_inverses, gamma_inverses
@@ -132,19 +147,18 @@ _invert_blocks = tf.function(_invert_all, autograph=False)
 _invert_blocks_xla = tf.function(_invert_all, autograph=False, jit_compile=True)
 
 
-def _network_mean_eigenvalue(omegas, gammas):
+def _network_mean_eigenvalue(omegas, gammas, groups):
     """Trace of the block-diagonal Fisher matrix over the number of parameters, a scalar."""
-    trace = tf.add_n(
-        [
-            tf.reduce_sum(tf.cast(tf.linalg.trace(omega) * tf.linalg.trace(gamma), tf.float32))
-            for omega, gamma in zip(omegas, gammas, strict=True)
-        ]
-    )
-    parameters = sum(
-        omega.shape[0] * omega.shape[1] * gamma.shape[1]
-        for omega, gamma in zip(omegas, gammas, strict=True)
-    )
-    return trace / parameters
+    traces, parameters = [], 0
+    for omega, gamma, count in zip(omegas, gammas, groups, strict=True):
+        omega_traces, gamma_traces = (
+            tf.reduce_sum(tf.reshape(tf.linalg.trace(factor), (count, -1)), axis=1)
+            for factor in (omega, gamma)
+        )
+        traces.append(tf.reduce_sum(tf.cast(omega_traces * gamma_traces, tf.float32)))
+        rows, columns = (factor.shape[0] // count * factor.shape[1] for factor in (omega, gamma))
+        parameters += count * rows * columns
+    return tf.add_n(traces) / parameters
 
 
 def _resolution(dtype: tf.DType) -> float:

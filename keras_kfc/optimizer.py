@@ -84,6 +84,12 @@ class KFC(FactorUpdates):
             paper's `T_f`. Defaults to `20`.
         scale_free: Whether `damping` and `kl_clip` are relative, as above. With
             False they are absolute, as in the paper. Defaults to `True`.
+        max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks
+            of at most so many (a convolution's kernel positions stay together),
+            with a logged warning that tells what the whole would take; None for no
+            limit. A factor of n rows takes `8 n²` bytes with its inverse, `n³`
+            products each time it is inverted, and `n` products for each of the layer's
+            weights in every step. Defaults to `1024`.
         fallback_lr_ratio: Learning rate of the fallback rule over
             `learning_rate`. Defaults to `0.05`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
@@ -146,6 +152,7 @@ class KFC(FactorUpdates):
         factor_update_period=10,
         inverse_update_period=20,
         scale_free=True,
+        max_factor_dim=1024,
         fallback_lr_ratio=0.05,
         seed=None,
         weight_decay=None,
@@ -188,6 +195,9 @@ class KFC(FactorUpdates):
             "inverse_update_period", inverse_update_period
         )
         self.scale_free = check_boolean("scale_free", scale_free)
+        if max_factor_dim is not None:
+            max_factor_dim = check_positive_integer("max_factor_dim", max_factor_dim)
+        self.max_factor_dim = max_factor_dim
         self.fallback_lr_ratio = check_number("fallback_lr_ratio", fallback_lr_ratio, 0)
         self.seed = check_seed(seed)
         self._damping: Any = None
@@ -259,7 +269,10 @@ class KFC(FactorUpdates):
         super().build(variables)
         indices = self._trainable_variables_indices
         self._preconditioner = Preconditioner(
-            variables, lambda variable: indices.get(self._var_key(variable)), self.add_variable
+            variables,
+            lambda variable: indices.get(self._var_key(variable)),
+            self.add_variable,
+            self.max_factor_dim,
         )
         for block in self.blocks:
             variables[block.kernel].kronecker_owner = weakref.ref(self)
@@ -290,6 +303,7 @@ class KFC(FactorUpdates):
             "factor_update_period": self.factor_update_period,
             "inverse_update_period": self.inverse_update_period,
             "scale_free": self.scale_free,
+            "max_factor_dim": self.max_factor_dim,
             "fallback_lr_ratio": self.fallback_lr_ratio,
             "seed": self.seed,
         }

@@ -160,6 +160,19 @@ def at_least_float32(tensor: tf.Tensor) -> tf.Tensor:
     return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
+def gram(rows: tf.Tensor) -> tf.Tensor:
+    """Sums of outer products `Σ_r r rᵀ`: `(G, N, n)` to `(G, n, n)`."""
+    if rows.shape[0] == 1:  # one matrix is multiplied faster than a batch of one
+        return tf.matmul(rows[0], rows[0], transpose_a=True)[None]
+    return tf.matmul(rows, rows, transpose_a=True)
+
+
+def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
+    """Sum over the last axis but one; as a product, which is faster than a reduction."""
+    ones = tf.ones((*rows.shape[:-2], 1, tf.shape(rows)[-2]), rows.dtype)
+    return tf.squeeze(ones @ rows, axis=-2)
+
+
 def _pair(name: str, value: Any) -> tuple[int, int]:
     """Two positive integers, from one or two."""
     several = isinstance(value, Sequence) and not isinstance(value, str)
@@ -203,7 +216,7 @@ def _autocorrelation(
     def moments(images):
         images = images[:, : rows.size, : columns.size]
         # Sum over examples first: what is left is one image.
-        total = _sum_of_rows(tf.reshape(images, (-1, rows.size * columns.size * groups * channels)))
+        total = sum_of_rows(tf.reshape(images, (-1, rows.size * columns.size * groups * channels)))
         total = tf.constant(_tap_counts(rows), dtype) @ tf.reshape(total, (rows.size, -1))
         total = tf.reshape(total, (rows.taps, columns.size, groups * channels))
         total = tf.constant(_tap_counts(columns), dtype) @ total
@@ -224,22 +237,12 @@ def _tap_counts(axis: Axis) -> np.ndarray:
     return counts
 
 
-def _sum_of_rows(matrix: tf.Tensor) -> tf.Tensor:
-    """Sum over the last axis but one: as a product, which is faster than a reduction."""
-    ones = tf.ones((*matrix.shape[:-2], 1, tf.shape(matrix)[-2]), matrix.dtype)
-    return tf.squeeze(ones @ matrix, axis=-2)
-
-
 def _im2col(images, kernel, strides, padding, dilation, groups):
     """The sums by laying out patches, a slice of the batch at a time."""
 
     def moments(part):
         patches = extract_patches(part, kernel, strides, padding, dilation, groups)
-        if groups == 1:  # one matrix is multiplied faster than a batch of one
-            patches = patches[0]
-        moment = tf.matmul(patches, patches, transpose_a=True)
-        total = _sum_of_rows(patches)
-        return (moment[None], total[None]) if groups == 1 else (moment, total)
+        return gram(patches), sum_of_rows(patches)
 
     if kernel == strides == (1, 1):
         return moments(images)

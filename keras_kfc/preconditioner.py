@@ -11,6 +11,7 @@ from keras_kfc.blocks import KroneckerBlock, all_finite
 from keras_kfc.capture import Capture
 from keras_kfc.layers import layer_of
 from keras_kfc.linalg import invert_blocks
+from keras_kfc.partition import Partition, partition_of
 from keras_kfc.statistics import batch_omegas
 
 _logger = logging.getLogger("keras_kfc")
@@ -25,6 +26,8 @@ class Preconditioner:
             if that is among the variables.
         index_of: Function from a variable to its index, or None if unknown.
         add_variable: The optimizer's `add_variable`.
+        max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks,
+            or None.
 
     Attributes:
         blocks: The blocks, in the order of their kernels.
@@ -35,6 +38,7 @@ class Preconditioner:
         variables: Sequence[keras.Variable],
         index_of: Callable[[Any], int | None],
         add_variable: Callable[..., keras.Variable],
+        max_factor_dim: int | None = None,
     ):
         self.blocks: list[KroneckerBlock] = []
         self._block_of_kernel: dict[int, KroneckerBlock] = {}
@@ -44,15 +48,17 @@ class Preconditioner:
             layer = layer_of(variable)
             if layer is None:
                 continue
+            bias = None if layer.bias is None else index_of(layer.bias)
             block = KroneckerBlock(
                 layer.path,
-                layer.kronecker_geometry,
+                partition_of(layer.kronecker_geometry, bias is not None, max_factor_dim),
                 kernel=index,
-                bias=None if layer.bias is None else index_of(layer.bias),
+                bias=bias,
                 dtype="float64" if variable.dtype == "float64" else "float32",
                 add_variable=add_variable,
             )
             self.blocks.append(block)
+            _tell_cuts(block, max_factor_dim)
             self._block_of_kernel[id(variable)] = block
             self._kernels[index] = variable
         if not self.blocks:
@@ -86,7 +92,7 @@ class Preconditioner:
         self,
         capture: Capture,
         batch_size: tf.Tensor,
-        gammas: Callable[[Mapping[int, KroneckerBlock]], Mapping[int, tf.Tensor]],
+        gammas: Callable[[Mapping[int, Partition]], Mapping[int, tf.Tensor]],
         decay: float,
     ) -> tf.Tensor:
         """Moves all factors towards those of one batch.
@@ -94,26 +100,24 @@ class Preconditioner:
         Args:
             capture: The captured forward pass.
             batch_size: Number of examples in it.
-            gammas: Function from the wanted record keys to the batch's output
-                factors; a record that it leaves out is not updated.
+            gammas: Function from the layouts of the wanted factors, by record key, to the
+                batch's output factors; a record that it leaves out is not updated.
             decay: Decay of the moving averages.
 
         Returns:
             Number of blocks that refused their factors as not finite.
         """
         blocks = self.blocks_in(capture)
-        new_gammas = gammas(blocks)
-        blocks = {key: blocks[key] for key in new_gammas}
-        omegas = batch_omegas(
-            capture, batch_size, {key: block.bias is not None for key, block in blocks.items()}
-        )
+        partitions = {key: block.partition for key, block in blocks.items()}
+        new_gammas = gammas(partitions)
+        omegas = batch_omegas(capture, batch_size, {key: partitions[key] for key in new_gammas})
         # A NaN can stop at a rectifier, so that layers above it look sound: where an
         # input of one layer is broken, the batch is.
         sound = all_finite(
             [a for record in capture.records.values() for a in record.dense_inputs()]
         )
         refused = [
-            blocks[key].accumulate(omegas[key], new_gammas[key], decay, sound) for key in blocks
+            blocks[key].accumulate(omegas[key], new_gammas[key], decay, sound) for key in new_gammas
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
@@ -137,6 +141,7 @@ class Preconditioner:
         omega_inverses, gamma_inverses = invert_blocks(
             [tf.convert_to_tensor(block.omega) for block in self.blocks],
             [tf.convert_to_tensor(block.gamma) for block in self.blocks],
+            [block.geometry.groups for block in self.blocks],
             damping,
             relative,
         )
@@ -205,3 +210,36 @@ class Preconditioner:
         if bias is None and block.bias is not None:
             bias = tf.zeros((block.geometry.outputs,), dtype)
         return tf.cast(kernel, dtype), None if bias is None else tf.cast(bias, dtype)
+
+
+def _tell_cuts(block, max_factor_dim):
+    """Logs what a factor beyond the limit would have taken, and how it was cut."""
+    whole = Partition(block.geometry, block.partition.use_bias)
+    cuts = (
+        ("input", whole.omega_shape, block.partition.omega_shape),
+        ("output", whole.gamma_shape, block.partition.gamma_shape),
+    )
+    for name, (groups, rows, _), (parts, part_rows, _) in cuts:
+        if max_factor_dim is None or rows <= max_factor_dim:
+            continue
+        size = 4 * groups * rows**2
+        kept = 4 * parts * part_rows**2
+        _logger.warning(
+            "The %s factor of layer %s has %d rows, more than max_factor_dim=%d: with its "
+            "inverse it would take %s, and %.1e products to invert. It is cut into %d diagonal "
+            "blocks of %d rows, %s and %.1e products.",
+            name,
+            block.path,
+            rows,
+            max_factor_dim,
+            _bytes_text(2 * size),
+            2.0 * groups * rows**3,
+            parts,
+            part_rows,
+            _bytes_text(2 * kept),
+            2.0 * parts * part_rows**3,
+        )
+
+
+def _bytes_text(count):
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

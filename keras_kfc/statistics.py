@@ -4,6 +4,7 @@ Joins what the modules below know separately: where backward passes start
 (`derivatives`), how they run (`capture`) and what they give (`factors`).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -11,7 +12,7 @@ import tensorflow as tf
 
 from keras_kfc.capture import Capture
 from keras_kfc.derivatives import OutputDerivatives
-from keras_kfc.factors import input_factor, output_factor
+from keras_kfc.partition import Partition
 
 
 def batch_size_of(y_pred: Any) -> tf.Tensor:
@@ -20,42 +21,43 @@ def batch_size_of(y_pred: Any) -> tf.Tensor:
 
 
 def batch_omegas(
-    capture: Capture, batch_size: tf.Tensor, use_bias: dict[int, bool]
+    capture: Capture, batch_size: tf.Tensor, partitions: Mapping[int, Partition]
 ) -> dict[int, tf.Tensor]:
     """Input factors of one batch.
 
     Args:
         capture: The captured forward pass.
         batch_size: Number of examples.
-        use_bias: For each record key that is wanted, whether the factor has a
-            row for the bias.
+        partitions: For each record key that is wanted, the layout of the factors.
 
     Returns:
         `{key: omega}`.
     """
     return {
-        key: input_factor(record.geometry, record.dense_inputs(), batch_size, use_bias[key])
+        key: partitions[key].omega(record.dense_inputs(), batch_size)
         for key, record in capture.records.items()
-        if key in use_bias
+        if key in partitions
     }
 
 
-def batch_gammas(capture: Capture, outputs: OutputDerivatives, wanted: Any) -> dict[int, tf.Tensor]:
+def batch_gammas(
+    capture: Capture, outputs: OutputDerivatives, partitions: Mapping[int, Partition]
+) -> dict[int, tf.Tensor]:
     """Output factors of one batch, from one or more backward passes.
 
     Args:
         capture: The captured forward pass.
         outputs: What to start the backward passes from.
-        wanted: The record keys that are wanted.
+        partitions: For each record key that is wanted, the layout of the factors.
 
     Returns:
         `{key: gamma}`.
     """
-    keys = [key for key in capture.records if key in wanted]
+    keys = [key for key in capture.records if key in partitions]
 
     def one_pass(index):
         derivatives = capture.differentiate(outputs.sources, outputs.derivatives(index))
-        return [output_factor(capture.records[key].geometry, derivatives[key]) for key in keys]
+        return [partitions[key].gamma(derivatives[key]) for key in keys]
 
     gammas = one_pass(0)
     if not isinstance(outputs.count, int):
@@ -72,21 +74,22 @@ def batch_gammas(capture: Capture, outputs: OutputDerivatives, wanted: Any) -> d
     return dict(zip(keys, gammas, strict=True))
 
 
-def ordinary_gammas(capture: Capture, scale: tf.Tensor, wanted: Any) -> dict[int, tf.Tensor]:
+def ordinary_gammas(
+    capture: Capture, scale: tf.Tensor, partitions: Mapping[int, Partition]
+) -> dict[int, tf.Tensor]:
     """Output factors from the ordinary backward pass (empirical Fisher).
 
     Args:
         capture: A captured pass whose loss has been differentiated already.
         scale: What makes one example's derivative of the mean's: the batch
             size, over the loss scale where there is one.
-        wanted: The record keys that are wanted.
+        partitions: For each record key that is wanted, the layout of the factors.
 
     Returns:
         `{key: gamma}`, for layers that the backward pass reached.
     """
     return {
-        key: tf.cast(scale, tf.float32) ** 2
-        * output_factor(record.geometry, record.ordinary_derivatives)
+        key: tf.cast(scale, tf.float32) ** 2 * partitions[key].gamma(record.ordinary_derivatives)
         for key, record in capture.records.items()
-        if key in wanted and record.ordinary_derivatives
+        if key in partitions and record.ordinary_derivatives
     }

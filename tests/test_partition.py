@@ -1,0 +1,175 @@
+"""Factors cut into diagonal blocks, against the whole ones and explicit permutations."""
+
+import itertools
+import logging
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from conftest import relative_error
+from keras_kfc.factors import ConvGeometry, DenseGeometry
+from keras_kfc.linalg import block_damping, invert_blocks
+from keras_kfc.partition import Partition, partition_of
+
+CASES = [
+    (DenseGeometry(6, 4), 1, 1),
+    (DenseGeometry(6, 4), 3, 2),
+    (DenseGeometry(7, 5), 3, 2),
+    (ConvGeometry((2, 3), 4, 6), 2, 3),
+    (ConvGeometry((2, 3), 4, 5), 4, 2),
+    (ConvGeometry((2, 3), 8, 6, groups=2), 2, 3),
+    (ConvGeometry((2, 3), 8, 6, groups=2), 1, 2),
+    (ConvGeometry((2, 3), 8, 6, groups=2), 4, 1),
+]
+
+
+def rows_of_part(geometry, use_bias, parts, part):
+    """Rows of a group's joint matrix that belong to a part, from the definition."""
+    channels = geometry.inputs // geometry.groups
+    width = -(-channels // parts)
+    own = range(part * width, min((part + 1) * width, channels))
+    positions = geometry.kernel_rows // channels
+    rows = [position * channels + channel for position in range(positions) for channel in own]
+    return rows + [geometry.kernel_rows] * (use_bias and part == 0)
+
+
+def masked(whole, groups, parts_of_rows):
+    """The whole factor of each group with zeros outside of its diagonal blocks."""
+    mask = np.zeros(whole.shape[1:])
+    for rows in parts_of_rows:
+        mask[np.ix_(rows, rows)] = 1
+    return whole * mask
+
+
+def columns_of_parts(geometry, parts):
+    columns = geometry.outputs // geometry.groups
+    width = -(-columns // parts)
+    return [list(range(q * width, min((q + 1) * width, columns))) for q in range(parts)]
+
+
+def inputs_and_derivatives(geometry):
+    rng = np.random.default_rng(0)
+    if isinstance(geometry, DenseGeometry):
+        return rng.normal(size=(9, geometry.inputs)), rng.normal(size=(9, geometry.outputs))
+    images = rng.normal(size=(3, 5, 6, geometry.inputs))
+    return images, rng.normal(size=(3, 4, 4, geometry.outputs))
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize(("geometry", "input_parts", "output_parts"), CASES)
+def test_cut_factors_act_as_the_whole_ones_without_correlations_between_parts(
+    geometry, input_parts, output_parts, use_bias
+):
+    """Both moments and products, for every cut: blocks of zeros, nothing else, are left out."""
+    inputs, derivatives = map(tf.constant, inputs_and_derivatives(geometry))
+    whole = Partition(geometry, use_bias)
+    cut = Partition(geometry, use_bias, input_parts, output_parts)
+    omega, gamma = cut.omega([inputs], 3), cut.gamma([derivatives])
+    assert omega.shape == cut.omega_shape
+    assert gamma.shape == cut.gamma_shape
+    row_parts = [rows_of_part(geometry, use_bias, input_parts, p) for p in range(input_parts)]
+    expected_omega = masked(whole.omega([inputs], 3).numpy(), geometry.groups, row_parts)
+    expected_gamma = masked(
+        whole.gamma([derivatives]).numpy(),
+        geometry.groups,
+        columns_of_parts(geometry, output_parts),
+    )
+    shape = (geometry.groups, expected_omega.shape[1], expected_gamma.shape[1])
+    joint = np.random.default_rng(1).normal(size=shape)
+    result = cut.multiply(omega, tf.constant(joint), gamma)
+    np.testing.assert_allclose(result, expected_omega @ joint @ expected_gamma, atol=1e-10)
+    if max(input_parts, output_parts) > 1:
+        uncut = whole.multiply(
+            whole.omega([inputs], 3), tf.constant(joint), whole.gamma([derivatives])
+        )
+        assert relative_error(result, uncut) > 1e-2
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_parts_are_damped_as_the_whole(relative):
+    """Where correlations between parts are zero anyway, cutting changes nothing at all."""
+    rng = np.random.default_rng(0)
+    inputs = np.zeros((12, 4))
+    # Inputs of the two parts are never active together; scales differ.
+    inputs[:6, :2], inputs[6:, 2:] = rng.normal(size=(6, 2)), 5 * rng.normal(size=(6, 2))
+    derivatives = np.zeros((12, 4))
+    derivatives[::2, :2], derivatives[1::2, 2:] = rng.normal(size=(2, 6, 2))
+    joint = tf.constant(rng.normal(size=(1, 4, 4)))
+    results = []
+    for parts in (1, 2):
+        partition = Partition(DenseGeometry(4, 4), False, parts, parts)
+        omega = partition.omega([tf.constant(inputs)], 12)
+        gamma = partition.gamma([tf.constant(derivatives)])
+        (omega,), (gamma,) = invert_blocks([omega], [gamma], [1], tf.constant(0.1), relative)
+        results.append(partition.multiply(omega, joint, gamma).numpy())
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-10)
+
+
+def test_damping_of_a_dead_part_is_that_of_its_group():
+    omega = tf.constant(np.stack([4 * np.eye(2), np.zeros((2, 2))]))
+    gamma = tf.constant(np.eye(3)[None])
+    omega_shift, gamma_shift = block_damping(omega, gamma, 0.25, tf.constant(9.0), 1)
+    np.testing.assert_allclose(omega_shift, [1.0, 1.0])
+    np.testing.assert_allclose(gamma_shift, [0.5])
+
+
+def test_parts_stay_within_the_limit_and_are_as_few_as_possible():
+    for limit, use_bias in itertools.product((8, 30, 100, 1000), (True, False)):
+        for geometry in (DenseGeometry(250, 130), ConvGeometry((3, 3), 24, 64)):
+            partition = partition_of(geometry, use_bias, limit)
+            single_channel = geometry.kernel_rows // geometry.inputs + use_bias
+            assert partition.omega_shape[1] <= max(limit, single_channel)
+            assert partition.gamma_shape[1] <= limit
+            if partition.input_parts > 1 and isinstance(geometry, DenseGeometry):
+                fewer = Partition(geometry, use_bias, partition.input_parts - 1)
+                assert fewer.omega_shape[1] > limit
+            if partition.output_parts > 1:
+                fewer = Partition(geometry, use_bias, 1, partition.output_parts - 1)
+                assert fewer.gamma_shape[1] > limit
+    assert partition_of(DenseGeometry(10**5, 10**5), True, None).input_parts == 1
+
+
+def wide_model():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((4, 4, 6)),
+            keras_kfc.layers.Conv2D(20, 3, activation="tanh", name="conv"),
+            keras.layers.Flatten(),
+            keras_kfc.layers.Dense(3, activation="softmax", name="dense"),
+        ]
+    )
+
+
+def test_wide_layers_train_in_parts_and_are_told_with_figures(caplog):
+    images = np.random.default_rng(0).normal(size=(64, 4, 4, 6)).astype("float32")
+    labels = (images.mean(axis=(1, 2, 3)) > 0).astype("int32")
+    model = wide_model()
+    optimizer = keras_kfc.KFC(max_factor_dim=30, seed=1)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
+    with caplog.at_level(logging.WARNING, "keras_kfc"):
+        history = model.fit(images, labels, epochs=10, batch_size=64, verbose=0)
+    assert history.history["loss"][-1] < 0.7 * history.history["loss"][0]
+    shapes = {block.path.split("/")[-1]: block.omega.shape for block in optimizer.blocks}
+    assert shapes == {"conv": (2, 28, 28), "dense": (3, 28, 28)}
+    assert int(optimizer.skipped_inverse_updates) == 0
+    assert "input factor of layer sequential/conv has 55 rows" in caplog.text
+    assert "2 diagonal blocks of 28 rows" in caplog.text
+
+
+def test_a_limit_that_no_factor_reaches_changes_nothing(caplog):
+    images = np.random.default_rng(0).normal(size=(32, 4, 4, 6)).astype("float32")
+    weights = []
+    for limit in (None, 81):
+        model = wide_model()
+        model.compile(
+            optimizer=keras_kfc.KFC(max_factor_dim=limit, seed=1),
+            loss="sparse_categorical_crossentropy",
+        )
+        model.fit(images, np.arange(32) % 3, epochs=4, batch_size=32, verbose=0)
+        weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
+    np.testing.assert_allclose(weights[1], weights[0], atol=1e-6)
+    assert "diagonal blocks" not in caplog.text
