@@ -29,6 +29,7 @@ OPTIMIZERS: dict[str, Callable[[], keras.Optimizer]] = {
     "SGD": lambda: keras.optimizers.SGD(0.01, momentum=0.9),
     "Adam": lambda: keras.optimizers.Adam(),
     "KFC": lambda: keras_kfc.KFC(seed=1),
+    "KFC(max_factor_dim=256)": lambda: keras_kfc.KFC(seed=1, max_factor_dim=256),
 }
 
 
@@ -96,7 +97,7 @@ class Training:
     def __init__(self, net: str, optimizer: str, jit_compile: bool):
         keras.utils.set_random_seed(1)
         self.model = NETS[net]()
-        if optimizer == "KFC":
+        if optimizer.startswith("KFC"):
             keras_kfc.instrument(self.model)
         self.model.compile(
             optimizer=OPTIMIZERS[optimizer](),

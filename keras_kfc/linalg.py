@@ -8,8 +8,13 @@ singular or zero, raises.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+# Matrices up to this size are decomposed by one kernel.
+_SMALL = 64
 
 
 def mean_eigenvalue(factor: tf.Tensor, groups: int) -> tf.Tensor:
@@ -77,9 +82,11 @@ def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     The shift is raised to `10 ε tr(A)`, ε being the resolution of the dtype,
     where it is below: less cannot be told from rounding errors in `A`. A
     matrix that holds a NaN or an infinity yields NaN, and so does a zero
-    matrix with zero shift. LU decomposition is used where a Cholesky
-    decomposition would do, because TensorFlow's CPU kernel for the latter
-    raises when rounding makes a pivot negative, which would end a training run.
+    matrix with zero shift.
+
+    By Cholesky decomposition in blocks (`inverse_root`), unless the shift is so small
+    that rounding might make a pivot negative: TensorFlow's CPU kernel for it raises then,
+    which would end a training run, so that a LU decomposition takes over.
 
     Args:
         matrix: `(G, n, n)`.
@@ -89,19 +96,73 @@ def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
         The symmetric inverses, `(G, n, n)`.
     """
     dtype = matrix.dtype
+    size = matrix.shape[-1]
+    resolution = _resolution(dtype)
     trace = tf.linalg.trace(matrix)
-    shift = tf.maximum(tf.cast(shift, dtype), 10 * dtype.as_numpy_dtype(_resolution(dtype)) * trace)
+    shift = tf.maximum(tf.cast(shift, dtype), dtype.as_numpy_dtype(10 * resolution) * trace)
     # Work on a matrix of unit mean diagonal, so that no scale over- or underflows.
-    scale = (trace / tf.cast(tf.shape(matrix)[-1], dtype)) + shift
+    scale = trace / size + shift
     usable = tf.math.is_finite(scale) & (scale > 0)
     usable &= tf.reduce_all(tf.math.is_finite(matrix), axis=(-2, -1))
-    identity = tf.eye(tf.shape(matrix)[-1], dtype=dtype)
+    identity = tf.eye(size, dtype=dtype)
     safe_scale = tf.where(usable, scale, 1.0)
     damped = (matrix + shift[:, None, None] * identity) / safe_scale[:, None, None]
     damped = tf.where(usable[:, None, None], damped, identity)
-    inverse = tf.linalg.inv(damped) / safe_scale[:, None, None]
-    inverse = 0.5 * (inverse + tf.linalg.matrix_transpose(inverse))
+
+    def by_cholesky():
+        root = inverse_root(damped)
+        return tf.matmul(root, root, transpose_a=True)
+
+    def by_lu():
+        inverse = tf.linalg.inv(damped)
+        return 0.5 * (inverse + tf.linalg.matrix_transpose(inverse))
+
+    if compiled_by_xla():  # gives NaN instead of an error
+        inverse = by_cholesky()
+    else:
+        # Rounding changes a matrix of trace n by (n + 1) ε / 2 times n at most
+        # (Higham, 2002, theorem 10.7); A itself is off by a little, too.
+        lowest = tf.where(usable, shift / safe_scale, 1.0)
+        safe = tf.reduce_all(lowest > resolution * size * (size + 1))
+        inverse = tf.cond(safe, by_cholesky, by_lu)
+    inverse /= safe_scale[:, None, None]
     return tf.where(usable[:, None, None], inverse, dtype.as_numpy_dtype("nan"))
+
+
+def inverse_root(matrix: tf.Tensor) -> tf.Tensor:
+    """The lower triangular `W` with `Wᵀ W = A⁻¹`, for symmetric positive definite `A`.
+
+    It is the inverse of the Cholesky factor, built from those of the two diagonal
+    halves, so that nearly all of the work is in large products: with
+    `A = [[P, Qᵀ], [Q, R]]`, `U` the root of P, `T = Q Uᵀ` and `V` the root of the Schur
+    complement `R - T Tᵀ`, it is `[[U, 0], [-V T U, V]]`.
+
+    Args:
+        matrix: `(G, n, n)`.
+
+    Returns:
+        `(G, n, n)`; NaN, or an error on a CPU without XLA, where a pivot is not positive.
+    """
+    size = matrix.shape[-1]
+    if size <= _SMALL:
+        factor = tf.linalg.cholesky(matrix)
+        identity = tf.eye(size, batch_shape=tf.shape(matrix)[:1], dtype=matrix.dtype)
+        return tf.linalg.triangular_solve(factor, identity)
+    half = size // 2
+    first = inverse_root(matrix[:, :half, :half])
+    coupling = tf.matmul(matrix[:, half:, :half], first, transpose_b=True)
+    complement = matrix[:, half:, half:] - tf.matmul(coupling, coupling, transpose_b=True)
+    second = inverse_root(complement)
+    corner = -second @ (coupling @ first)
+    upper = tf.pad(first, ((0, 0), (0, 0), (0, size - half)))
+    return tf.concat((upper, tf.concat((corner, second), axis=2)), axis=1)
+
+
+def compiled_by_xla() -> bool:
+    """Whether the graph that is being built is one for XLA to compile."""
+    if tf.executing_eagerly():
+        return False
+    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def invert_blocks(
@@ -113,9 +174,8 @@ def invert_blocks(
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Damped inverses of both factors of all blocks of a network.
 
-    Compiled by XLA where a GPU is present; on a CPU TensorFlow's own kernels
-    compute the same several times faster, and XLA takes over where the caller
-    is being compiled by it.
+    Compiled by XLA where a GPU is present, or where the caller is; on a CPU TensorFlow's
+    own kernels compute the same faster. Factors of one size are inverted as one stack.
 
     Args:
         omegas: Input factors, each `(G * P, n, n)`.
@@ -129,22 +189,38 @@ def invert_blocks(
         could not be computed hold NaN.
     """
     compiled = bool(tf.config.list_logical_devices("GPU"))
-    function = _invert_blocks_xla if compiled else _invert_blocks
+    function = _invert_all_xla if compiled else _invert_all
     return function(list(omegas), list(gammas), tuple(groups), damping, relative)
 
 
 def _invert_all(omegas, gammas, groups, damping, relative):
     network_mean = _network_mean_eigenvalue(omegas, gammas, groups) if relative else None
-    omega_inverses, gamma_inverses = [], []
-    for omega, gamma, count in zip(omegas, gammas, groups, strict=True):
-        omega_shift, gamma_shift = block_damping(omega, gamma, damping, network_mean, count)
-        omega_inverses.append(damped_inverse(omega, omega_shift))
-        gamma_inverses.append(damped_inverse(gamma, gamma_shift))
-    return omega_inverses, gamma_inverses
+    shifts = [
+        block_damping(omega, gamma, damping, network_mean, count)
+        for omega, gamma, count in zip(omegas, gammas, groups, strict=True)
+    ]
+    factors = [*omegas, *gammas]
+    factor_shifts = [shift for shift, _ in shifts] + [shift for _, shift in shifts]
+    inverses: list[Any] = [None] * len(factors)
+    for members in _equal_shapes(factors).values():
+        stack = tf.concat([factors[number] for number in members], axis=0)
+        shift = tf.concat([factor_shifts[number] for number in members], axis=0)
+        counts = [factors[number].shape[0] for number in members]
+        parts = tf.split(damped_inverse(stack, shift), counts)
+        for number, part in zip(members, parts, strict=True):
+            inverses[number] = part
+    return inverses[: len(omegas)], inverses[len(omegas) :]
 
 
-_invert_blocks = tf.function(_invert_all, autograph=False)
-_invert_blocks_xla = tf.function(_invert_all, autograph=False, jit_compile=True)
+_invert_all_xla = tf.function(_invert_all, autograph=False, jit_compile=True)
+
+
+def _equal_shapes(factors):
+    """Positions of the factors of each size and dtype."""
+    positions: dict[Any, list[int]] = {}
+    for number, factor in enumerate(factors):
+        positions.setdefault((factor.shape[-1], factor.dtype), []).append(number)
+    return positions
 
 
 def _network_mean_eigenvalue(omegas, gammas, groups):

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import explicit_ggn, relative_error
-from keras_kfc.linalg import block_damping, damped_inverse
+from keras_kfc.linalg import block_damping, damped_inverse, inverse_root, invert_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -185,17 +185,60 @@ def test_inverse_never_raises(dtype):
     assert np.isnan(damped_inverse(tf.zeros((1, 3, 3), dtype), tf.zeros((1,), dtype))).all()
 
 
-def test_inverse_is_the_same_under_xla():
-    root = np.random.default_rng(0).normal(size=(2, 30, 60)).astype("float32")
-    matrix = tf.matmul(root, root, transpose_b=True) / 60
-    shift = tf.constant([0.1, 0.2])
-    plain = damped_inverse(matrix, shift)
-    compiled = tf.function(damped_inverse, jit_compile=True)(matrix, shift)
-    expected = np.linalg.inv(
-        matrix.numpy().astype("float64") + shift.numpy()[:, None, None] * np.eye(30)
-    )
-    assert relative_error(plain, expected) < 1e-5
-    assert relative_error(compiled, expected) < 1e-5
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cholesky_never_raises_where_it_is_used(dtype):
+    """Just above the damping from which it is: all of a matrix in one direction, or spread."""
+    rng = np.random.default_rng(0)
+    resolution = float(np.finfo(dtype).eps)
+    for n in (2, 65, 130, 300):
+        for root in (np.ones((n, 1)), rng.normal(size=(n, 1)), rng.normal(size=(n, n // 2 + 1))):
+            matrix = (root @ root.T).astype(dtype)
+            shift = 1.1 * resolution * n * (n + 1) * np.trace(matrix) / n
+            inverse = damped_inverse(tf.constant(matrix[None]), tf.constant([shift], dtype))
+            assert np.isfinite(inverse).all()
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("shift", [0.3, 1e-3])
+@pytest.mark.parametrize("size", [1, 30, 64, 65, 129, 200])
+def test_damped_inverse_is_the_inverse(jit_compile, shift, size):
+    """One block and several, and on both sides of the damping that LU is for."""
+    root = np.random.default_rng(0).normal(size=(2, size, 2 * size)).astype("float32")
+    matrix = tf.matmul(root, root, transpose_b=True) / (2 * size)
+    shifts = tf.constant([shift, 2 * shift])
+    result = tf.function(damped_inverse, jit_compile=jit_compile)(matrix, shifts)
+    damped = matrix.numpy().astype("float64") + shifts.numpy()[:, None, None] * np.eye(size)
+    expected = np.linalg.inv(damped)
+    assert relative_error(result, expected) < 2e-5
+    np.testing.assert_allclose(result, tf.linalg.matrix_transpose(result), rtol=1e-4, atol=1e-5)
+    undamped = np.linalg.inv(damped - shifts.numpy()[:, None, None] * np.eye(size))
+    assert relative_error(result, undamped) > 2e-4 or shift < 0.3
+
+
+def test_inverse_root_is_the_inverse_of_the_cholesky_factor():
+    root = np.random.default_rng(0).normal(size=(2, 150, 300))
+    matrix = root @ root.transpose(0, 2, 1)
+    expected = np.linalg.inv(np.linalg.cholesky(matrix))
+    np.testing.assert_allclose(inverse_root(tf.constant(matrix)), expected, atol=1e-12)
+
+
+def test_factors_of_one_size_are_inverted_as_each_alone():
+    rng = np.random.default_rng(0)
+
+    def factor(count, size):
+        root = rng.normal(size=(count, size, 3 * size))
+        return tf.constant(root @ root.transpose(0, 2, 1) * rng.uniform(0.1, 10))
+
+    # Sizes recur among omegas, among gammas and between the two, with groups too.
+    omegas = [factor(1, 5), factor(1, 4), factor(2, 5), factor(1, 5)]
+    gammas = [factor(1, 4), factor(1, 5), factor(2, 4), factor(1, 3)]
+    results = invert_blocks(omegas, gammas, [1, 1, 2, 1], tf.constant(0.2), False)
+    for number, (omega, gamma) in enumerate(zip(omegas, gammas, strict=True)):
+        shifts = block_damping(omega, gamma, 0.2, None)
+        for result, matrix, shift in zip(results, (omega, gamma), shifts, strict=True):
+            identity = np.eye(matrix.shape[-1])
+            expected = np.linalg.inv(matrix + shift.numpy()[:, None, None] * identity)
+            np.testing.assert_allclose(result[number], expected, rtol=1e-8, atol=1e-12)
 
 
 class _Affine(keras.layers.Layer):
