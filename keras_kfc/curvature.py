@@ -15,7 +15,7 @@ from keras_kfc.derivatives import FISHERS, output_derivatives
 from keras_kfc.instrument import instrumented
 from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.partition import Partition
-from keras_kfc.statistics import batch_gammas, batch_omegas, batch_size_of
+from keras_kfc.statistics import ExampleSample, batch_gammas, batch_omegas, batch_size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,9 @@ def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
             key: Partition(record.geometry, record.has_bias)
             for key, record in capture.records.items()
         }
-        omegas = batch_omegas(capture, size, partitions)
-        gammas = batch_gammas(capture, derivatives, partitions)
+        everything = ExampleSample(size)
+        omegas = batch_omegas(capture, everything, partitions)
+        gammas = batch_gammas(capture, derivatives, everything, partitions)
         sums: dict[str, list[tf.Tensor]] = {}
         for key, record in capture.records.items():
             path = _unused_name(record.path, sums)

@@ -9,7 +9,7 @@ from keras_kfc.capture import Capture
 from keras_kfc.derivatives import output_derivatives
 from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.pending import kronecker_optimizer, take_pending
-from keras_kfc.statistics import batch_gammas, batch_size_of, ordinary_gammas
+from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ordinary_gammas
 from keras_kfc.step import PreconditionedStep
 
 _logger = logging.getLogger("keras_kfc")
@@ -62,13 +62,17 @@ class FactorUpdates(PreconditionedStep):
 
     def _update_factors(self, capture, compiled, y_true, y_pred, sample_weight, loss_value):
         self._observe_loss(loss_value)
-        seed = tf.stack([tf.cast(self._draw_seed, tf.int64), tf.cast(self._iterations, tf.int64)])
 
-        def gammas(partitions):
+        def gammas(sample, partitions):
             terms = loss_terms(compiled, y_true, y_pred, sample_weight)
-            return batch_gammas(capture, output_derivatives(terms, self.fisher, seed), partitions)
+            derivatives = output_derivatives(terms, self.fisher, self._step_seed())
+            return batch_gammas(capture, derivatives, sample, partitions)
 
         self._accumulate(capture, batch_size_of(y_pred), gammas)
+
+    def _step_seed(self):
+        """Two integers for the random numbers of this step."""
+        return tf.stack([tf.cast(self._draw_seed, tf.int64), tf.cast(self._iterations, tf.int64)])
 
     def _accumulate(self, capture, batch_size, gammas):
         preconditioner = self._preconditioner
@@ -78,7 +82,8 @@ class FactorUpdates(PreconditionedStep):
         capture.check_reachable()
 
         def update():
-            refused = preconditioner.accumulate(capture, batch_size, gammas, self.factor_decay)
+            sample = draw_examples(batch_size, self.factor_samples, self._step_seed())
+            refused = preconditioner.accumulate(capture, sample, gammas, self.factor_decay)
             self.skipped_factor_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 
@@ -132,7 +137,9 @@ class FactorUpdates(PreconditionedStep):
         batch_size = tf.shape(records[0].inputs[0])[0]
         scale = tf.cast(batch_size, tf.float32) / self._total_loss_scale(capture)
         self._accumulate(
-            capture, batch_size, lambda partitions: ordinary_gammas(capture, scale, partitions)
+            capture,
+            batch_size,
+            lambda sample, partitions: ordinary_gammas(capture, scale, sample, partitions),
         )
 
     def _total_loss_scale(self, capture):

@@ -84,6 +84,10 @@ class KFC(FactorUpdates):
             paper's `T_f`. Defaults to `20`.
         scale_free: Whether `damping` and `kl_clip` are relative, as above. With
             False they are absolute, as in the paper. Defaults to `True`.
+        factor_samples: Number of examples of a batch to estimate factors from, drawn
+            anew for each update, or None for all. Makes an update cheaper by the
+            share of the products for the factors, and its estimate noisier. Defaults
+            to `None`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks
             of at most so many (a convolution's kernel positions stay together),
             with a logged warning that tells what the whole would take; None for no
@@ -152,6 +156,7 @@ class KFC(FactorUpdates):
         factor_update_period=10,
         inverse_update_period=20,
         scale_free=True,
+        factor_samples=None,
         max_factor_dim=1024,
         fallback_lr_ratio=0.05,
         seed=None,
@@ -195,6 +200,9 @@ class KFC(FactorUpdates):
             "inverse_update_period", inverse_update_period
         )
         self.scale_free = check_boolean("scale_free", scale_free)
+        if factor_samples is not None:
+            factor_samples = check_positive_integer("factor_samples", factor_samples)
+        self.factor_samples = factor_samples
         if max_factor_dim is not None:
             max_factor_dim = check_positive_integer("max_factor_dim", max_factor_dim)
         self.max_factor_dim = max_factor_dim
@@ -303,6 +311,7 @@ class KFC(FactorUpdates):
             "factor_update_period": self.factor_update_period,
             "inverse_update_period": self.inverse_update_period,
             "scale_free": self.scale_free,
+            "factor_samples": self.factor_samples,
             "max_factor_dim": self.max_factor_dim,
             "fallback_lr_ratio": self.fallback_lr_ratio,
             "seed": self.seed,

@@ -12,7 +12,7 @@ from keras_kfc.capture import Capture
 from keras_kfc.layers import layer_of
 from keras_kfc.linalg import invert_blocks
 from keras_kfc.partition import Partition, partition_of
-from keras_kfc.statistics import batch_omegas
+from keras_kfc.statistics import ExampleSample, batch_omegas
 
 _logger = logging.getLogger("keras_kfc")
 
@@ -91,17 +91,17 @@ class Preconditioner:
     def accumulate(
         self,
         capture: Capture,
-        batch_size: tf.Tensor,
-        gammas: Callable[[Mapping[int, Partition]], Mapping[int, tf.Tensor]],
+        sample: ExampleSample,
+        gammas: Callable[[ExampleSample, Mapping[int, Partition]], Mapping[int, tf.Tensor]],
         decay: float,
     ) -> tf.Tensor:
         """Moves all factors towards those of one batch.
 
         Args:
             capture: The captured forward pass.
-            batch_size: Number of examples in it.
-            gammas: Function from the layouts of the wanted factors, by record key, to the
-                batch's output factors; a record that it leaves out is not updated.
+            sample: The examples of it to use.
+            gammas: Function from the sample and the layouts of the wanted factors, by record
+                key, to the output factors; a record that it leaves out is not updated.
             decay: Decay of the moving averages.
 
         Returns:
@@ -109,8 +109,8 @@ class Preconditioner:
         """
         blocks = self.blocks_in(capture)
         partitions = {key: block.partition for key, block in blocks.items()}
-        new_gammas = gammas(partitions)
-        omegas = batch_omegas(capture, batch_size, {key: partitions[key] for key in new_gammas})
+        new_gammas = gammas(sample, partitions)
+        omegas = batch_omegas(capture, sample, {key: partitions[key] for key in new_gammas})
         # A NaN can stop at a rectifier, so that layers above it look sound: where an
         # input of one layer is broken, the batch is.
         sound = all_finite(

@@ -4,7 +4,8 @@ Joins what the modules below know separately: where backward passes start
 (`derivatives`), how they run (`capture`) and what they give (`factors`).
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -20,34 +21,96 @@ def batch_size_of(y_pred: Any) -> tf.Tensor:
     return tf.shape(keras.tree.flatten(y_pred)[0])[0]
 
 
+@dataclasses.dataclass
+class ExampleSample:
+    """The examples of a batch that factors are estimated from, or all of them.
+
+    They follow each other from a random one on, around the end of the batch, so that
+    each example is as likely as any other: the estimate is unbiased.
+
+    Args:
+        batch_size: Number of examples in the batch, B.
+        count: Number of examples to take, or None for all.
+        start: The first one, as a fraction of the batch in [0, 1); not needed for all.
+    """
+
+    batch_size: tf.Tensor
+    count: int | None = None
+    start: tf.Tensor | None = None
+
+    def take(self, tensors: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Takes the sample's share of each tensor's rows.
+
+        Args:
+            tensors: Tensors with examples along the first axis, or several rows for
+                each example.
+
+        Returns:
+            The rows, and the number of examples that they amount to.
+        """
+        if self.count is None:
+            return list(tensors), self.batch_size
+        taken, rows = [], []
+        for tensor in tensors:
+            length = tf.shape(tensor, tf.int64)[0]
+            share = length * self.count // tf.cast(self.batch_size, tf.int64)
+            share = tf.minimum(length, tf.maximum(share, 1))
+            first = tf.cast(self.start * tf.cast(length, tf.float32), tf.int64)
+            taken.append(tf.gather(tensor, (first + tf.range(share)) % tf.maximum(length, 1)))
+            rows.append((share, length))
+        part, whole = (
+            tf.cast(tf.add_n(list(counts)), tf.float32) for counts in zip(*rows, strict=True)
+        )
+        return taken, tf.cast(self.batch_size, tf.float32) * part / whole
+
+
+def draw_examples(batch_size: tf.Tensor, count: int | None, seed: tf.Tensor) -> ExampleSample:
+    """Draws the examples of a batch to estimate factors from.
+
+    Args:
+        batch_size: Number of examples in the batch.
+        count: Number of examples to take, or None for all.
+        seed: Two integers; others than those that targets are drawn with follow from them.
+    """
+    if count is None:
+        return ExampleSample(batch_size)
+    own_seed = seed + tf.constant([1 << 62, 0], seed.dtype)
+    start = tf.random.stateless_uniform((), own_seed, alg="philox")
+    return ExampleSample(batch_size, count, start)
+
+
 def batch_omegas(
-    capture: Capture, batch_size: tf.Tensor, partitions: Mapping[int, Partition]
+    capture: Capture, sample: ExampleSample, partitions: Mapping[int, Partition]
 ) -> dict[int, tf.Tensor]:
     """Input factors of one batch.
 
     Args:
         capture: The captured forward pass.
-        batch_size: Number of examples.
+        sample: The examples to use.
         partitions: For each record key that is wanted, the layout of the factors.
 
     Returns:
         `{key: omega}`.
     """
     return {
-        key: partitions[key].omega(record.dense_inputs(), batch_size)
+        key: partitions[key].omega(*sample.take(record.dense_inputs()))
         for key, record in capture.records.items()
         if key in partitions
     }
 
 
 def batch_gammas(
-    capture: Capture, outputs: OutputDerivatives, partitions: Mapping[int, Partition]
+    capture: Capture,
+    outputs: OutputDerivatives,
+    sample: ExampleSample,
+    partitions: Mapping[int, Partition],
 ) -> dict[int, tf.Tensor]:
     """Output factors of one batch, from one or more backward passes.
 
     Args:
         capture: The captured forward pass.
         outputs: What to start the backward passes from.
+        sample: The examples to use.
         partitions: For each record key that is wanted, the layout of the factors.
 
     Returns:
@@ -57,7 +120,7 @@ def batch_gammas(
 
     def one_pass(index):
         derivatives = capture.differentiate(outputs.sources, outputs.derivatives(index))
-        return [partitions[key].gamma(derivatives[key]) for key in keys]
+        return [partitions[key].gamma(sample.take(derivatives[key])[0]) for key in keys]
 
     gammas = one_pass(0)
     if not isinstance(outputs.count, int):
@@ -75,7 +138,10 @@ def batch_gammas(
 
 
 def ordinary_gammas(
-    capture: Capture, scale: tf.Tensor, partitions: Mapping[int, Partition]
+    capture: Capture,
+    scale: tf.Tensor,
+    sample: ExampleSample,
+    partitions: Mapping[int, Partition],
 ) -> dict[int, tf.Tensor]:
     """Output factors from the ordinary backward pass (empirical Fisher).
 
@@ -83,13 +149,15 @@ def ordinary_gammas(
         capture: A captured pass whose loss has been differentiated already.
         scale: What makes one example's derivative of the mean's: the batch
             size, over the loss scale where there is one.
+        sample: The examples to use.
         partitions: For each record key that is wanted, the layout of the factors.
 
     Returns:
         `{key: gamma}`, for layers that the backward pass reached.
     """
     return {
-        key: tf.cast(scale, tf.float32) ** 2 * partitions[key].gamma(record.ordinary_derivatives)
+        key: tf.cast(scale, tf.float32) ** 2
+        * partitions[key].gamma(sample.take(record.ordinary_derivatives)[0])
         for key, record in capture.records.items()
         if key in partitions and record.ordinary_derivatives
     }
