@@ -1,0 +1,120 @@
+"""Damped inverses of Kronecker factors: of single sizes, and of all blocks of a network.
+
+Run as `python -m benchmarks.inverse`; `--help` lists the options. What is compared runs
+in turns, and medians are shown; errors are against float64.
+"""
+
+import argparse
+import os
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.harness import interleaved, report
+from benchmarks.step import NETS
+from keras_kfc import instrument
+from keras_kfc.layers import KroneckerLayer
+from keras_kfc.linalg import damped_inverse, invert_blocks
+from keras_kfc.partition import partition_of
+
+SIZES = (65, 145, 289, 401, 577, 801, 1001)
+# In units of the mean eigenvalue: KFC's default, and one that needs pivoting.
+SHIFTS = (0.45, 1e-4)
+
+
+def factor(size: int, count: int = 1) -> tf.Tensor:
+    """Second moments with a quickly falling spectrum, of mean eigenvalue 1."""
+    root = np.random.default_rng(size).normal(size=(count, size, size // 2 + 1))
+    root /= np.arange(1, size // 2 + 2) ** 0.5
+    matrix = root @ root.transpose(0, 2, 1)
+    matrix *= size / np.trace(matrix, axis1=1, axis2=2)[:, None, None]
+    return tf.constant(matrix.astype("float32"))
+
+
+def by_lu(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+    """`tf.linalg.inv`: LU decomposition with TensorFlow, QR decomposition with XLA."""
+    return tf.linalg.inv(matrix + shift[:, None, None] * tf.eye(matrix.shape[-1]))
+
+
+def by_whole_cholesky(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+    """One Cholesky decomposition, a triangular solve and a product."""
+    identity = tf.eye(matrix.shape[-1], batch_shape=matrix.shape[:1])
+    decomposition = tf.linalg.cholesky(matrix + shift[:, None, None] * identity)
+    root = tf.linalg.triangular_solve(decomposition, identity)
+    return tf.matmul(root, root, transpose_a=True)
+
+
+def measure_size(size: int, shift: float, repeats: int) -> dict[str, Any]:
+    """One size of a factor, with TensorFlow's kernels and with XLA."""
+    matrix, shifts = factor(size), tf.constant([shift])
+    expected = np.linalg.inv(matrix[0].numpy().astype("float64") + shift * np.eye(size))
+    functions = {"LU": by_lu, "Cholesky": by_whole_cholesky, "ours": damped_inverse}
+    calls: dict[str, Any] = {}
+    for compiled in (False, True):
+        for name, function in functions.items():
+            graph = tf.function(function, autograph=False, jit_compile=compiled)
+            label = f"{name} XLA" if compiled else name
+            calls[label] = lambda graph=graph: graph(matrix, shifts).numpy()
+    row: dict[str, Any] = {"rows": size, "damping": shift}
+    row |= {f"{name} ms": 1e3 * value for name, value in interleaved(calls, repeats).items()}
+    for name in ("LU", "ours"):
+        error = np.linalg.norm(calls[name]()[0] - expected) / np.linalg.norm(expected)
+        row[f"{name} error"] = float(error)
+    return row
+
+
+def measure_net(name: str, repeats: int) -> dict[str, Any]:
+    """All blocks of a network: one stack for each size of factor, or each factor alone."""
+    model = instrument(NETS[name]())
+    layers: list[Any] = [layer for layer in model.layers if isinstance(layer, KroneckerLayer)]
+    partitions = [
+        partition_of(layer.kronecker_geometry, layer.bias is not None, None) for layer in layers
+    ]
+    omegas = [factor(part.omega_shape[1], part.omega_shape[0]) for part in partitions]
+    gammas = [factor(part.gamma_shape[1], part.gamma_shape[0]) for part in partitions]
+    groups = [part.geometry.groups for part in partitions]
+
+    def alone(omegas, gammas):
+        results = [
+            invert_blocks([omega], [gamma], [count], 0.2, True)
+            for omega, gamma, count in zip(omegas, gammas, groups, strict=True)
+        ]
+        return results, []
+
+    def together(omegas, gammas):
+        return invert_blocks(omegas, gammas, groups, 0.2, True)
+
+    calls = {}
+    for label, function, compiled in (
+        ("alone", alone, False),
+        ("stacks", together, False),
+        ("stacks XLA", together, True),
+    ):
+        graph = tf.function(function, autograph=False, jit_compile=compiled)
+        calls[label] = lambda graph=graph: tf.nest.map_structure(
+            lambda part: part.numpy(), graph(omegas, gammas)
+        )
+    sizes = [part.shape[-1] for part in (*omegas, *gammas)]
+    row: dict[str, Any] = {"net": name, "factors": len(sizes), "sizes": len(set(sizes))}
+    return row | {f"{name} ms": 1e3 * value for name, value in interleaved(calls, repeats).items()}
+
+
+def main() -> None:
+    """Runs the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    arguments = parser.parse_args()
+    rows = [
+        measure_size(size, shift, arguments.repeats) for size in arguments.sizes for shift in SHIFTS
+    ]
+    report("inverse", "Damped inverse of one factor", rows, repeats=arguments.repeats)
+    nets = [measure_net(name, arguments.repeats) for name in NETS]
+    report("inverse-nets", "All blocks of a network", nets, repeats=arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

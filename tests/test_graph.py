@@ -1,0 +1,97 @@
+"""What a training step computes, read off its graph: work that is not due is not in it."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from nets import conv_net, image_batch
+
+import keras_kfc
+
+# What factors and inverses are made with, and nothing else in a step of `conv_net`.
+DECOMPOSITIONS = {"Cholesky", "MatrixInverse", "MatrixTriangularSolve"}
+BRANCHES = {"If", "StatelessIf"}
+
+
+def step_graph(optimizer):
+    """Graph of a training step of a small conv net, and the model."""
+    model = conv_net(batch_norm=False)
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    images, labels = map(tf.constant, image_batch())
+    model.train_on_batch(images, labels)
+
+    @tf.function(autograph=False)
+    def step(images, labels):
+        return model.train_step((images, labels))
+
+    return step.get_concrete_function(images, labels).graph, model
+
+
+def reachable_ops(graph, functions, through_branches):
+    """All ops that run whenever the step runs; those in branches of conditions on request."""
+    for op in graph.get_operations() if hasattr(graph, "get_operations") else graph.node_def:
+        kind = getattr(op, "type", None) or op.op
+        yield kind
+        node = getattr(op, "node_def", op)
+        if kind in BRANCHES and not through_branches:
+            continue
+        for attribute in node.attr.values():
+            names = [attribute.func.name, *(f.name for f in attribute.list.func)]
+            for name in filter(None, names):
+                yield from reachable_ops(functions[name], functions, through_branches)
+
+
+def counts(optimizer, through_branches):
+    graph, _ = step_graph(optimizer)
+    functions = {f.signature.name: f for f in graph.as_graph_def().library.function}
+    kinds = list(reachable_ops(graph, functions, through_branches))
+    return {kind: kinds.count(kind) for kind in set(kinds)}
+
+
+def test_decompositions_and_second_backward_pass_are_in_branches_only():
+    always = counts(keras_kfc.KFC(seed=1), through_branches=False)
+    everything = counts(keras_kfc.KFC(seed=1), through_branches=True)
+    plain = counts(keras.optimizers.SGD(), through_branches=False)
+    assert not DECOMPOSITIONS & set(always)
+    assert set(everything) >= DECOMPOSITIONS
+    # Backward passes: one of the model, the other in a branch.
+    kind = "Conv2DBackpropFilter"
+    assert always[kind] == plain[kind] == everything[kind] == 1
+    assert everything["ReluGrad"] == 2 * always["ReluGrad"] == 2 * plain["ReluGrad"]
+    # Two products for each block's preconditioning, and no others.
+    products = sum(always.get(kind, 0) for kind in ("MatMul", "BatchMatMulV2", "BatchMatMulV3"))
+    plain_products = sum(plain.get(kind, 0) for kind in ("MatMul", "BatchMatMulV2"))
+    assert products == plain_products + 2 * 2
+
+
+def test_factors_are_not_read_outside_of_branches():
+    graph, model = step_graph(keras_kfc.KFC(seed=1))
+    handles = {id(handle): inside for handle, inside in graph.captures}
+    users: dict[str, set[str]] = {}
+    for block in model.optimizer.blocks:
+        for name in ("omega", "gamma", "omega_inverse"):
+            inside = handles[id(getattr(block, name).value.handle)]
+            users.setdefault(name, set()).update(op.type for op in inside.consumers())
+    assert users["omega"] <= BRANCHES
+    assert users["gamma"] <= BRANCHES
+    # What is read in every step shows as such.
+    assert "ReadVariableOp" in users["omega_inverse"]
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_nothing_is_traced_again(jit_compile):
+    images, labels = image_batch(128)
+    model = conv_net()
+    model.compile(
+        keras_kfc.KFC(factor_update_period=2, inverse_update_period=3),
+        "sparse_categorical_crossentropy",
+        jit_compile=jit_compile,
+    )
+    calls = []
+    original = model.train_step
+    model.train_step = lambda data: calls.append(1) or original(data)
+    model.fit(images, labels, batch_size=32, epochs=1, verbose=0)
+    traced = len(calls)
+    model.fit(images, labels, batch_size=32, epochs=3, verbose=0)
+    assert len(calls) == traced
+    assert np.isfinite(model.get_weights()[0]).all()
