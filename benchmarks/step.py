@@ -9,6 +9,7 @@ tracing and compilation, and the peak memory are those of a process of its own.
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +115,25 @@ class Training:
             self.model.train_on_batch(*self._batch)
 
 
+def by_kind(net: str, jit_compile: bool, repeats: int) -> dict[str, Any]:
+    """Times of KFC's steps by what is due in them, beside SGD's: where its time goes."""
+    sgd, kfc = (Training(net, name, jit_compile) for name in ("SGD", "KFC"))
+    optimizer = kfc.model.optimizer
+    factors, inverses = optimizer.factor_update_period, optimizer.inverse_update_period
+    for training in (sgd, kfc):
+        training.run(2 * max(factors, inverses))
+    seconds: dict[str, list[float]] = {"SGD": [], "nothing": [], "factors": [], "both": []}
+    for _ in range(repeats):
+        for step in range(max(factors, inverses)):
+            due = (step % factors == 0) + (step % inverses == 0)
+            for name, training in (("SGD", sgd), (list(seconds)[1 + due], kfc)):
+                begin = time.perf_counter()
+                training.run(1)
+                seconds[name].append(time.perf_counter() - begin)
+    row: dict[str, Any] = {"net": net, "XLA": "yes" if jit_compile else "no"}
+    return row | {f"{name} ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
 def first_step(net: str, optimizer: str, jit_compile: bool) -> dict[str, float]:
     """Seconds of the first step, and peak memory of the process after a few more, in bytes."""
     training = Training(net, optimizer, jit_compile)
@@ -177,6 +197,8 @@ def main() -> None:
         print(f"{net}: {rows[-1]['KFC / SGD']:.2f} times SGD's step", flush=True)
     name = "step-xla" if arguments.xla else "step"
     report(name, f"Training step, batch {BATCH_SIZE}", rows, repeats=arguments.repeats)
+    kinds = [by_kind(net, arguments.xla, 3) for net in arguments.nets]
+    report(f"{name}-kinds", "SGD's steps, and KFC's by what is due in them", kinds)
 
 
 if __name__ == "__main__":

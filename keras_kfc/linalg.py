@@ -7,14 +7,12 @@ function of tensors and returns numbers for every finite input: no matrix,
 singular or zero, raises.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
-
-# Matrices up to this size are decomposed by one kernel.
-_SMALL = 64
 
 
 def mean_eigenvalue(factor: tf.Tensor, groups: int) -> tf.Tensor:
@@ -95,41 +93,54 @@ def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     Returns:
         The symmetric inverses, `(G, n, n)`.
     """
-    dtype = matrix.dtype
-    size = matrix.shape[-1]
+    shift = tf.cast(shift, matrix.dtype)
+    function = _damped_inverse_of_size(matrix.shape[-1], matrix.dtype, compiled_by_xla())
+    return tf.ensure_shape(function(matrix, shift), matrix.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _damped_inverse_of_size(size: int, dtype: tf.DType, xla: bool) -> Any:
+    """The graph function behind `damped_inverse`, traced once for each size."""
     resolution = _resolution(dtype)
-    trace = tf.linalg.trace(matrix)
-    shift = tf.maximum(tf.cast(shift, dtype), dtype.as_numpy_dtype(10 * resolution) * trace)
-    # Work on a matrix of unit mean diagonal, so that no scale over- or underflows.
-    scale = trace / size + shift
-    usable = tf.math.is_finite(scale) & (scale > 0)
-    usable &= tf.reduce_all(tf.math.is_finite(matrix), axis=(-2, -1))
-    identity = tf.eye(size, dtype=dtype)
-    safe_scale = tf.where(usable, scale, 1.0)
-    damped = (matrix + shift[:, None, None] * identity) / safe_scale[:, None, None]
-    damped = tf.where(usable[:, None, None], damped, identity)
+    # Above this size a decomposition in blocks is faster than one kernel.
+    largest = 64 if xla else 128
 
-    def by_cholesky():
-        root = inverse_root(damped)
-        return tf.matmul(root, root, transpose_a=True)
+    def invert(matrix, shift):
+        trace = tf.linalg.trace(matrix)
+        shift = tf.maximum(shift, dtype.as_numpy_dtype(10 * resolution) * trace)
+        # Work on a matrix of unit mean diagonal, so that no scale over- or underflows.
+        scale = trace / size + shift
+        usable = tf.math.is_finite(scale) & (scale > 0)
+        usable &= tf.reduce_all(tf.math.is_finite(matrix), axis=(-2, -1))
+        identity = tf.eye(size, dtype=dtype)
+        safe_scale = tf.where(usable, scale, 1.0)
+        damped = (matrix + shift[:, None, None] * identity) / safe_scale[:, None, None]
+        damped = tf.where(usable[:, None, None], damped, identity)
 
-    def by_lu():
-        inverse = tf.linalg.inv(damped)
-        return 0.5 * (inverse + tf.linalg.matrix_transpose(inverse))
+        def by_cholesky():
+            root = inverse_root(damped, largest)
+            return tf.matmul(root, root, transpose_a=True)
 
-    if compiled_by_xla():  # gives NaN instead of an error
-        inverse = by_cholesky()
-    else:
-        # Rounding changes a matrix of trace n by (n + 1) ε / 2 times n at most
-        # (Higham, 2002, theorem 10.7); A itself is off by a little, too.
-        lowest = tf.where(usable, shift / safe_scale, 1.0)
-        safe = tf.reduce_all(lowest > resolution * size * (size + 1))
-        inverse = tf.cond(safe, by_cholesky, by_lu)
-    inverse /= safe_scale[:, None, None]
-    return tf.where(usable[:, None, None], inverse, dtype.as_numpy_dtype("nan"))
+        def by_lu():
+            inverse = tf.linalg.inv(damped)
+            return 0.5 * (inverse + tf.linalg.matrix_transpose(inverse))
+
+        if xla:  # gives NaN instead of an error
+            inverse = by_cholesky()
+        else:
+            # Rounding changes a matrix of trace n by (n + 1) ε / 2 times n at most
+            # (Higham, 2002, theorem 10.7); A itself is off by a little, too.
+            lowest = tf.where(usable, shift / safe_scale, 1.0)
+            safe = tf.reduce_all(lowest > resolution * size * (size + 1))
+            inverse = tf.cond(safe, by_cholesky, by_lu)
+        inverse /= safe_scale[:, None, None]
+        return tf.where(usable[:, None, None], inverse, dtype.as_numpy_dtype("nan"))
+
+    signature = [tf.TensorSpec((None, size, size), dtype), tf.TensorSpec((None,), dtype)]
+    return tf.function(invert, input_signature=signature, autograph=False)
 
 
-def inverse_root(matrix: tf.Tensor) -> tf.Tensor:
+def inverse_root(matrix: tf.Tensor, largest: int = 64) -> tf.Tensor:
     """The lower triangular `W` with `Wᵀ W = A⁻¹`, for symmetric positive definite `A`.
 
     It is the inverse of the Cholesky factor, built from those of the two diagonal
@@ -139,20 +150,21 @@ def inverse_root(matrix: tf.Tensor) -> tf.Tensor:
 
     Args:
         matrix: `(G, n, n)`.
+        largest: Size up to which a matrix is decomposed as a whole, by one kernel.
 
     Returns:
         `(G, n, n)`; NaN, or an error on a CPU without XLA, where a pivot is not positive.
     """
     size = matrix.shape[-1]
-    if size <= _SMALL:
+    if size <= largest:
         factor = tf.linalg.cholesky(matrix)
         identity = tf.eye(size, batch_shape=tf.shape(matrix)[:1], dtype=matrix.dtype)
         return tf.linalg.triangular_solve(factor, identity)
     half = size // 2
-    first = inverse_root(matrix[:, :half, :half])
+    first = inverse_root(matrix[:, :half, :half], largest)
     coupling = tf.matmul(matrix[:, half:, :half], first, transpose_b=True)
     complement = matrix[:, half:, half:] - tf.matmul(coupling, coupling, transpose_b=True)
-    second = inverse_root(complement)
+    second = inverse_root(complement, largest)
     corner = -second @ (coupling @ first)
     upper = tf.pad(first, ((0, 0), (0, 0), (0, size - half)))
     return tf.concat((upper, tf.concat((corner, second), axis=2)), axis=1)

@@ -200,7 +200,7 @@ def test_cholesky_never_raises_where_it_is_used(dtype):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("shift", [0.3, 1e-3])
-@pytest.mark.parametrize("size", [1, 30, 64, 65, 129, 200])
+@pytest.mark.parametrize("size", [1, 30, 64, 65, 129, 300])
 def test_damped_inverse_is_the_inverse(jit_compile, shift, size):
     """One block and several, and on both sides of the damping that LU is for."""
     root = np.random.default_rng(0).normal(size=(2, size, 2 * size)).astype("float32")
