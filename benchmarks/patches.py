@@ -1,5 +1,6 @@
 """Patch second moments against patches laid out, and against the convolution itself.
 
+Both give second moment and patch sum.
 Run as `python -m benchmarks.patches`; `--help` lists the options. Each case is one
 layer's input; all that is compared runs in turns, and medians are shown. Memory is
 what a process takes at most beyond the result, in a process of its own.
@@ -100,9 +101,10 @@ def patch_matrix(images: tf.Tensor, kernel: int, stride: int) -> tf.Tensor:
     return tf.reshape(tf.concat(slices, axis=-1), (-1, kernel**2 * channels))
 
 
-def gram(matrix: tf.Tensor) -> tf.Tensor:
-    """Sum of outer products of rows."""
-    return tf.matmul(matrix, matrix, transpose_a=True)
+def moments_of(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sum of outer products of rows, and sum of rows, each as one product."""
+    ones = tf.ones((1, tf.shape(matrix)[0]), matrix.dtype)
+    return tf.matmul(matrix, matrix, transpose_a=True), ones @ matrix
 
 
 def ours(case: Case, form: str | None, jit_compile: bool):
@@ -126,11 +128,12 @@ def measure(case: Case, repeats: int, forms: list[str | None], jit_compile: bool
     filters = tf.random.normal((case.kernel, case.kernel, case.channels, max(case.channels, 16)))
     graph = {"autograph": False, "jit_compile": jit_compile}
     convolution = tf.function(lambda x: tf.nn.conv2d(x, filters, case.stride, "SAME"), **graph)
-    patches = tf.function(lambda x: gram(patch_matrix(x, case.kernel, case.stride)), **graph)
+    patches = tf.function(lambda x: moments_of(patch_matrix(x, case.kernel, case.stride)), **graph)
     functions = {"convolution": convolution, "im2col": patches}
     functions |= {str(form or "ours"): ours(case, form, jit_compile) for form in forms}
     result = functions["ours"](images)[0][0].numpy()
-    expected = gram(tf.cast(patch_matrix(images, case.kernel, case.stride), tf.float64)).numpy()
+    patch_rows = tf.cast(patch_matrix(images, case.kernel, case.stride), tf.float64)
+    expected = moments_of(patch_rows)[0].numpy()
     calls = {
         name: lambda function=function: tf.nest.map_structure(lambda x: x.numpy(), function(images))
         for name, function in functions.items()

@@ -99,3 +99,20 @@ def cost(rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[Vie
             pixels = rows.size * columns.size * groups * channels
             total += pixels * (2 * view.planes + _COPY)
     return total
+
+
+def numbers_held(
+    rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[View, ...]
+) -> int:
+    """How many numbers are held at a time for one example, about.
+
+    Args:
+        rows: Axis of the images' height.
+        columns: Axis of their width.
+        groups: Number of channel groups.
+        channels: Channels of a group.
+        views: The views to use.
+    """
+    # The images in another order, and a view before and after its own reordering.
+    widest = max(view.planes * view.repeats * view.columns for view in views)
+    return rows.size * groups * channels * (columns.size + 2 * widest)

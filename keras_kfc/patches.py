@@ -22,13 +22,14 @@ import tensorflow as tf
 
 from keras_kfc.arguments import check_choice, check_positive_integer
 from keras_kfc.autocorrelation import second_moment
-from keras_kfc.patch_costs import cheapest_views
+from keras_kfc.linalg import compiled_by_xla
+from keras_kfc.patch_costs import cheapest_views, numbers_held
 from keras_kfc.patch_geometry import Axis, axis_of
 from keras_kfc.row_views import View
 
 FORMS = ("spectral", "windows", "im2col")
-# Bytes of patches that are laid out at a time.
-_SLICE_BYTES = 2**25
+# Bytes of patches, or of what autocorrelation takes instead, that are held at a time.
+_SLICE_BYTES = 2**27
 
 
 def patch_second_moment(
@@ -60,9 +61,9 @@ def patch_second_moment(
         groups: Number of channel groups; each sees its own `J / G` channels.
         data_format: `"channels_last"` or `"channels_first"`.
         form: How to compute it: `"spectral"`, `"windows"` or `"im2col"`. By
-            default the cheapest for the sizes at hand. The first two take
-            memory of a few times the inputs' and no patches; the last lays out at
-            most 32 MiB of patches at a time.
+            default the cheapest for the sizes at hand. All work on slices of the
+            batch, so that they hold about 128 MiB at a time at most (the first two
+            without slices if XLA compiles them).
 
     Returns:
         `(second_moment, patch_sum)` of shapes `(G, K, K)` and `(G, K)`, float32
@@ -110,7 +111,11 @@ def patch_second_moment(
     views = cheapest_views(rows, columns, groups, channels, form)
     if views is None:
         return _im2col(images, kernel, strides, padding, dilation, groups)
-    return _autocorrelation(rows, columns, views, groups, channels, images.dtype)(images)
+    moments = _autocorrelation(rows, columns, views, groups, channels, images.dtype)
+    if compiled_by_xla():
+        return moments(images)
+    bytes_each = images.dtype.size * numbers_held(rows, columns, groups, channels, views)
+    return _in_slices(images, max(1, _SLICE_BYTES // bytes_each), moments)
 
 
 def extract_patches(
@@ -223,7 +228,8 @@ def _autocorrelation(
         total = tf.reshape(total, (rows.taps * columns.taps, groups, channels))
         total = tf.reshape(tf.transpose(total, (1, 0, 2)), (groups, -1))
         images = tf.reshape(images, (-1, rows.size, columns.size, groups, channels))
-        return second_moment(images, rows, columns, views), total
+        moment = second_moment(images, rows, columns, views)
+        return tf.ensure_shape(moment, (groups, total.shape[1], total.shape[1])), total
 
     signature = [tf.TensorSpec((None, None, None, groups * channels), dtype)]
     return tf.function(moments, input_signature=signature, autograph=False)
@@ -250,7 +256,19 @@ def _im2col(images, kernel, strides, padding, dilation, groups):
     taps = kernel[0] * kernel[1]
     positions = (shape[1] // strides[0] + 1) * (shape[2] // strides[1] + 1)
     bytes_each = images.dtype.size * images.shape[-1] * taps * positions
-    size = tf.maximum(1, tf.minimum(_SLICE_BYTES // tf.maximum(1, bytes_each), shape[0]))
+    size = tf.maximum(1, _SLICE_BYTES // tf.maximum(1, bytes_each))
+    if compiled_by_xla():
+        # Not even a slice that is never taken may be longer than the batch.
+        size = tf.maximum(1, tf.minimum(size, shape[0]))
+    return _in_slices(images, size, moments)
+
+
+def _in_slices(images, size, moments):
+    """Sums `moments` of slices of the batch, `size` images at a time."""
+    batch = images.shape[0]
+    if isinstance(size, int) and batch is not None and batch <= size:
+        return moments(images)
+    shape = tf.shape(images)
     count = shape[0] // size
     slices = tf.reshape(images[: count * size], tf.concat(((count, size), shape[1:]), axis=0))
     slices.set_shape((None, None, *images.shape[1:]))

@@ -182,12 +182,15 @@ def test_image_size_may_be_unknown(jit_compile):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("batch", [1, 4, 5])
-def test_patches_in_slices_of_the_batch_add_up(monkeypatch, jit_compile, batch):
+@pytest.mark.parametrize("form", FORMS)
+def test_slices_of_the_batch_add_up(monkeypatch, form, jit_compile, batch):
     """Slices of two images, with and without one left over."""
     images = normal(batch, 6, 7, 2)
     monkeypatch.setattr(patches, "_SLICE_BYTES", 2 * 7 * 8 * 18 * 8)
+    if form != "im2col":
+        monkeypatch.setattr(patches, "numbers_held", lambda *_: 7 * 8 * 18)
     function = tf.function(
-        lambda images: patch_second_moment(images, 3, padding="same", form="im2col"),
+        lambda images: patch_second_moment(images, 3, padding="same", form=form),
         input_signature=[tf.TensorSpec((None, 6, 7, 2), tf.float64)],
         autograph=False,
         jit_compile=jit_compile,
