@@ -21,7 +21,7 @@ import tensorflow as tf
 from keras_kfc.patch_geometry import Axis, RowSum, row_plan
 from keras_kfc.row_views import View, pad
 
-# How many bytes of Gram matrices are held at a time.
+# How many bytes of Gram matrices are weighed at a time.
 _GRAM_BYTES = 2**24
 
 
@@ -133,7 +133,7 @@ def _column_sums(grams, view, taps, channels):
     grams = tf.reshape(grams, (count, planes, groups, columns, channels, columns, channels))
     grams = tf.transpose(grams, (0, 2, 1, 3, 5, 4, 6))
     grams = tf.reshape(grams, (count, groups, planes * columns**2, channels**2))
-    sums = tf.constant(view.weights, grams.dtype) @ grams
+    sums = tf.constant(view.weights(), grams.dtype) @ grams
     sums = tf.reshape(sums, (count, groups, taps, taps, channels, channels))
     sums = tf.transpose(sums, (0, 1, 2, 4, 3, 5))
     return tf.reshape(sums, (count, groups, taps * channels, taps * channels))

@@ -104,8 +104,14 @@ class ConvGeometry:
     def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
         """Sums of `p pᵀ` and `p` over examples and positions, `(G * P, K, K)` and `(G * P, K)`.
 
-        P is the number of parts that the channels of each group are cut into.
+        P is the number of parts that the channels of each group are cut into, the last
+        one filled up with zeros if there is one group.
         """
+        missing = -self.inputs % parts if self.groups == 1 else 0
+        if missing:
+            paddings = [[0, 0], [0, 0], [0, 0], [0, 0]]
+            paddings[1 if self.data_format == "channels_first" else 3][1] = missing
+            inputs = tf.pad(inputs, paddings)
         return patch_second_moment(
             inputs,
             self.kernel_size,

@@ -3,22 +3,35 @@
 Shape convention: a factor is a stack of G symmetric positive semi-definite
 matrices, `(G, n, n)`; a *block* is a pair (omega, gamma) that stands for
 `omega ⊗ gamma`, as `keras_kfc.factors` defines it. Everything here is a pure
-function of tensors and returns numbers for every finite input: no matrix,
-singular or zero, raises.
+function of tensors, and no matrix, singular or zero, raises.
 """
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 
-def mean_eigenvalue(factor: tf.Tensor, groups: int) -> tf.Tensor:
-    """Mean eigenvalue of the matrices of each group, `(G * P, n, n)` to `(G,)`."""
-    traces = tf.reshape(tf.linalg.trace(factor), (groups, -1))
-    return tf.reduce_mean(traces, axis=1) / tf.cast(tf.shape(factor)[-1], factor.dtype)
+class BlockShape(NamedTuple):
+    """Sizes of a block, whatever parts its factors are cut into and filled up to.
+
+    Args:
+        groups: G.
+        rows: Rows of the joint matrix of each group, n.
+        columns: Its columns, m.
+    """
+
+    groups: int
+    rows: int
+    columns: int
+
+
+def traces(factor: tf.Tensor, groups: int) -> tf.Tensor:
+    """Trace of the factor of each group, `(G * P, n, n)` to `(G,)`."""
+    return tf.reduce_sum(tf.reshape(tf.linalg.trace(factor), (groups, -1)), axis=1)
 
 
 def block_damping(
@@ -26,7 +39,7 @@ def block_damping(
     gamma: tf.Tensor,
     damping: tf.Tensor,
     network_mean: tf.Tensor | None,
-    groups: int | None = None,
+    shape: BlockShape | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Splits damping between the two factors of a block (factored Tikhonov).
 
@@ -45,15 +58,16 @@ def block_damping(
         network_mean: Mean eigenvalue of the whole network's Fisher matrix, a
             scalar. It stands in for a block whose own mean eigenvalue is zero
             (a dead layer) when damping is relative.
-        groups: G. Defaults to as many as omega has matrices.
+        shape: Sizes of the block. Defaults to those of factors that are not cut.
 
     Returns:
         `(omega_shift, gamma_shift)`, `(G * P,)` and `(G * Q,)`: what to add to the
         diagonals. Where a trace is zero and damping is absolute, `π = 1`.
     """
-    groups = omega.shape[0] if groups is None else groups
+    shape = shape or BlockShape(omega.shape[0], omega.shape[-1], gamma.shape[-1])
     damping = tf.cast(damping, omega.dtype)
-    omega_mean, gamma_mean = mean_eigenvalue(omega, groups), mean_eigenvalue(gamma, groups)
+    omega_mean = traces(omega, shape.groups) / shape.rows
+    gamma_mean = traces(gamma, shape.groups) / shape.columns
     if network_mean is None:
         alive = (omega_mean > 0) & (gamma_mean > 0)
         ratio = tf.where(alive, omega_mean, 1.0) / tf.where(alive, gamma_mean, 1.0)
@@ -69,8 +83,8 @@ def block_damping(
         gamma_mean = tf.where(gamma_mean > 0, gamma_mean, network_mean / omega_mean)
         omega_shift, gamma_shift = tf.sqrt(damping) * omega_mean, tf.sqrt(damping) * gamma_mean
     return (
-        tf.repeat(omega_shift, omega.shape[0] // groups),
-        tf.repeat(gamma_shift, gamma.shape[0] // groups),
+        tf.repeat(omega_shift, omega.shape[0] // shape.groups),
+        tf.repeat(gamma_shift, gamma.shape[0] // shape.groups),
     )
 
 
@@ -82,9 +96,9 @@ def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     matrix that holds a NaN or an infinity yields NaN, and so does a zero
     matrix with zero shift.
 
-    By Cholesky decomposition in blocks (`inverse_root`), unless the shift is so small
-    that rounding might make a pivot negative: TensorFlow's CPU kernel for it raises then,
-    which would end a training run, so that a LU decomposition takes over.
+    By Cholesky decomposition in blocks (`inverse_root`), and by LU decomposition where that
+    meets a negative pivot, which takes less damping than rounding errors of `A` can
+    bear. Under XLA there is no second try: the inverse is NaN then.
 
     Args:
         matrix: `(G, n, n)`.
@@ -94,16 +108,18 @@ def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
         The symmetric inverses, `(G, n, n)`.
     """
     shift = tf.cast(shift, matrix.dtype)
-    function = _damped_inverse_of_size(matrix.shape[-1], matrix.dtype, compiled_by_xla())
+    size, xla = matrix.shape[-1], compiled_by_xla()
+    # Above this size a decomposition in blocks is faster than one kernel, but not to be had
+    # from rounded products.
+    largest = (64 if xla else 128) if products_are_exact() else size
+    function = _damped_inverse_of_size(size, matrix.dtype, xla, largest)
     return tf.ensure_shape(function(matrix, shift), matrix.shape)
 
 
 @functools.lru_cache(maxsize=256)
-def _damped_inverse_of_size(size: int, dtype: tf.DType, xla: bool) -> Any:
+def _damped_inverse_of_size(size: int, dtype: tf.DType, xla: bool, largest: int) -> Any:
     """The graph function behind `damped_inverse`, traced once for each size."""
     resolution = _resolution(dtype)
-    # Above this size a decomposition in blocks is faster than one kernel.
-    largest = 64 if xla else 128
 
     def invert(matrix, shift):
         trace = tf.linalg.trace(matrix)
@@ -125,14 +141,11 @@ def _damped_inverse_of_size(size: int, dtype: tf.DType, xla: bool) -> Any:
             inverse = tf.linalg.inv(damped)
             return 0.5 * (inverse + tf.linalg.matrix_transpose(inverse))
 
-        if xla:  # gives NaN instead of an error
-            inverse = by_cholesky()
-        else:
-            # Rounding changes a matrix of trace n by (n + 1) ε / 2 times n at most
-            # (Higham, 2002, theorem 10.7); A itself is off by a little, too.
-            lowest = tf.where(usable, shift / safe_scale, 1.0)
-            safe = tf.reduce_all(lowest > resolution * size * (size + 1))
-            inverse = tf.cond(safe, by_cholesky, by_lu)
+        inverse = by_cholesky()
+        if not xla:
+            # Rounding made a pivot negative.
+            found = tf.reduce_all(tf.math.is_finite(inverse))
+            inverse = tf.cond(found, lambda: inverse, by_lu)
         inverse /= safe_scale[:, None, None]
         return tf.where(usable[:, None, None], inverse, dtype.as_numpy_dtype("nan"))
 
@@ -153,7 +166,7 @@ def inverse_root(matrix: tf.Tensor, largest: int = 64) -> tf.Tensor:
         largest: Size up to which a matrix is decomposed as a whole, by one kernel.
 
     Returns:
-        `(G, n, n)`; NaN, or an error on a CPU without XLA, where a pivot is not positive.
+        `(G, n, n)`; NaN where a pivot is not positive.
     """
     size = matrix.shape[-1]
     if size <= largest:
@@ -170,6 +183,12 @@ def inverse_root(matrix: tf.Tensor, largest: int = 64) -> tf.Tensor:
     return tf.concat((upper, tf.concat((corner, second), axis=2)), axis=1)
 
 
+def products_are_exact() -> bool:
+    """Whether matrix products have the precision of their dtype, unlike TF32 ones of a GPU."""
+    rounded = tf.config.experimental.tensor_float_32_execution_enabled()
+    return not (rounded and tf.config.list_logical_devices("GPU"))
+
+
 def compiled_by_xla() -> bool:
     """Whether the graph that is being built is one for XLA to compile."""
     if tf.executing_eagerly():
@@ -180,7 +199,7 @@ def compiled_by_xla() -> bool:
 def invert_blocks(
     omegas: Sequence[tf.Tensor],
     gammas: Sequence[tf.Tensor],
-    groups: Sequence[int],
+    shapes: Sequence[BlockShape],
     damping: tf.Tensor,
     relative: bool,
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -192,7 +211,7 @@ def invert_blocks(
     Args:
         omegas: Input factors, each `(G * P, n, n)`.
         gammas: Output factors, each `(G * Q, m, m)`.
-        groups: G of each block.
+        shapes: Sizes of each block.
         damping: Scalar; see `block_damping`.
         relative: Whether damping is relative to the curvature.
 
@@ -202,14 +221,14 @@ def invert_blocks(
     """
     compiled = bool(tf.config.list_logical_devices("GPU"))
     function = _invert_all_xla if compiled else _invert_all
-    return function(list(omegas), list(gammas), tuple(groups), damping, relative)
+    return function(list(omegas), list(gammas), tuple(shapes), damping, relative)
 
 
-def _invert_all(omegas, gammas, groups, damping, relative):
-    network_mean = _network_mean_eigenvalue(omegas, gammas, groups) if relative else None
+def _invert_all(omegas, gammas, block_shapes, damping, relative):
+    network_mean = _network_mean_eigenvalue(omegas, gammas, block_shapes) if relative else None
     shifts = [
-        block_damping(omega, gamma, damping, network_mean, count)
-        for omega, gamma, count in zip(omegas, gammas, groups, strict=True)
+        block_damping(omega, gamma, damping, network_mean, shape)
+        for omega, gamma, shape in zip(omegas, gammas, block_shapes, strict=True)
     ]
     factors = [*omegas, *gammas]
     factor_shifts = [shift for shift, _ in shifts] + [shift for _, shift in shifts]
@@ -235,18 +254,17 @@ def _equal_shapes(factors):
     return positions
 
 
-def _network_mean_eigenvalue(omegas, gammas, groups):
+def _network_mean_eigenvalue(omegas, gammas, block_shapes):
     """Trace of the block-diagonal Fisher matrix over the number of parameters, a scalar."""
-    traces, parameters = [], 0
-    for omega, gamma, count in zip(omegas, gammas, groups, strict=True):
-        omega_traces, gamma_traces = (
-            tf.reduce_sum(tf.reshape(tf.linalg.trace(factor), (count, -1)), axis=1)
-            for factor in (omega, gamma)
-        )
-        traces.append(tf.reduce_sum(tf.cast(omega_traces * gamma_traces, tf.float32)))
-        rows, columns = (factor.shape[0] // count * factor.shape[1] for factor in (omega, gamma))
-        parameters += count * rows * columns
-    return tf.add_n(traces) / parameters
+    total = tf.add_n(
+        [
+            tf.reduce_sum(
+                tf.cast(traces(omega, shape.groups) * traces(gamma, shape.groups), tf.float32)
+            )
+            for omega, gamma, shape in zip(omegas, gammas, block_shapes, strict=True)
+        ]
+    )
+    return total / sum(math.prod(shape) for shape in block_shapes)
 
 
 def _resolution(dtype: tf.DType) -> float:

@@ -85,15 +85,15 @@ class KFC(FactorUpdates):
         scale_free: Whether `damping` and `kl_clip` are relative, as above. With
             False they are absolute, as in the paper. Defaults to `True`.
         factor_samples: Number of examples of a batch to estimate factors from, drawn
-            anew for each update, or None for all. Makes an update cheaper by the
-            share of the products for the factors, and its estimate noisier. Defaults
-            to `None`.
+            anew for each update (neighbours, so batches should be shuffled), or None
+            for all. Products for the factors get cheaper, the backward pass for them
+            does not, and estimates get noisier. Defaults to `None`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks
-            of at most so many (a convolution's kernel positions stay together),
+            of that size or less (but a convolution's kernel positions stay together),
             with a logged warning that tells what the whole would take; None for no
-            limit. A factor of n rows takes `8 n²` bytes with its inverse, `n³`
-            products each time it is inverted, and `n` products for each of the layer's
-            weights in every step. Defaults to `1024`.
+            limit. A factor of n rows takes `8 n²` bytes with its inverse, about `n³`
+            products each time it is inverted, and n products for each of the layer's
+            weights in every step. Defaults to `2048`.
         fallback_lr_ratio: Learning rate of the fallback rule over
             `learning_rate`. Defaults to `0.05`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
@@ -157,7 +157,7 @@ class KFC(FactorUpdates):
         inverse_update_period=20,
         scale_free=True,
         factor_samples=None,
-        max_factor_dim=1024,
+        max_factor_dim=2048,
         fallback_lr_ratio=0.05,
         seed=None,
         weight_decay=None,

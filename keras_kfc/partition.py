@@ -24,6 +24,7 @@ from keras_kfc.factors import (
     output_factor,
     split_columns,
 )
+from keras_kfc.linalg import BlockShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,12 @@ class Partition:
         """`(G * Q, t, t)`."""
         columns = -(-self._columns // self.output_parts)
         return (self.geometry.groups * self.output_parts, columns, columns)
+
+    @property
+    def block_shape(self) -> BlockShape:
+        """Sizes of the whole block."""
+        rows = self.geometry.kernel_rows + self.use_bias
+        return BlockShape(self.geometry.groups, rows, self._columns)
 
     def omega(self, inputs: Sequence[tf.Tensor], batch_size: tf.Tensor) -> tf.Tensor:
         """Omega of one batch, `(G * P, R, R)`; see `keras_kfc.factors.input_factor`."""
@@ -137,8 +144,9 @@ class Partition:
 def partition_of(geometry: Geometry, use_bias: bool, max_dim: int | None) -> Partition:
     """The fewest parts that keep the factors of a layer within a number of rows.
 
-    A convolution's input channels are cut into parts of equal size, and down to single
-    channels at most, so that a kernel with more positions than `max_dim` stays above it.
+    A convolution's input channels are cut down to single channels at most, so that a
+    kernel with more positions than `max_dim` stays above it; those of a grouped one into
+    parts of equal size.
 
     Args:
         geometry: How the layer's tensors map to the joint matrix.
@@ -154,6 +162,6 @@ def partition_of(geometry: Geometry, use_bias: bool, max_dim: int | None) -> Par
     positions = geometry.kernel_rows // channels
     widest = max(1, (max_dim - use_bias) // positions)
     input_parts = -(-channels // widest)
-    if isinstance(geometry, ConvGeometry):
+    if isinstance(geometry, ConvGeometry) and geometry.groups > 1:
         input_parts = next(p for p in range(input_parts, channels + 1) if channels % p == 0)
     return Partition(geometry, use_bias, input_parts, output_parts)

@@ -9,16 +9,18 @@ On other hardware the same forms are exact, if not always the fastest.
 import functools
 from collections.abc import Iterator
 
-import tensorflow as tf
-
+from keras_kfc.linalg import products_are_exact
 from keras_kfc.patch_geometry import Axis, row_plan
-from keras_kfc.row_views import View, spectral_period, spectral_views, window_views, window_width
+from keras_kfc.row_views import View, spectral_period, spectral_views, window_views
 
 # Time is counted in products of a large matrix multiplication.
 _COPY = 50.0  # reading and writing one number
 _START = 5e6 / 128  # starting one operation, for each example of a batch of usual size
 _HALF_SPEED_WIDTH = 32  # matrices of this width are multiplied at half of the full speed
-_MAX_WINDOW = 1024  # columns times channels of a window, at most
+# Limits beyond which a view is not considered.
+_WIDEST = 1536  # columns times channels
+_LONGEST = 1024  # columns of a row that is transformed
+_MOST_WEIGHTS = 2**23  # weights of its Gram matrices
 
 
 def cheapest_views(
@@ -33,29 +35,48 @@ def cheapest_views(
         channels: Channels of a group.
         form: `"spectral"` or `"windows"` to choose among these views only.
     """
-    if form is None and rows.taps == columns.taps == 1:
+    if form is None and not products_are_exact():
+        # Differences of rounded sums have no precision left, and would not be
+        # positive semi-definite. Products of rounded patches are.
         return None
-    exact_products = not (
-        # Products rounded to ten bits would leave the transform without its precision.
-        tf.config.list_logical_devices("GPU")
-        and tf.config.experimental.tensor_float_32_execution_enabled()
-    )
-    return _cheapest(rows, columns, groups, channels, form, exact_products)
+    return _cheapest(rows, columns, groups, channels, form)
 
 
 @functools.lru_cache(maxsize=512)
-def _cheapest(rows, columns, groups, channels, form, exact_products):
+def _cheapest(rows, columns, groups, channels, form):
     def candidates() -> Iterator[tuple[View, ...]]:
-        if form == "spectral" or (form is None and exact_products):
+        if form != "windows" and spectral_period(columns) <= _LONGEST:
             yield spectral_views(columns, _parts(rows, columns))
         if form != "spectral":
-            widest = max(1, min(columns.outputs, 32))
-            for outputs in range(1, widest + 1):
-                wide = window_width(columns, outputs) * channels > _MAX_WINDOW
-                if outputs == 1 or not wide:
-                    yield window_views(columns, outputs)
+            for outputs in range(1, max(1, min(columns.outputs, 32)) + 1):
+                yield window_views(columns, outputs)
 
-    return min(candidates(), key=lambda views: cost(rows, columns, groups, channels, views))
+    def sizable(views):
+        return all(
+            view.planes * (view.columns * columns.taps) ** 2 <= _MOST_WEIGHTS
+            and (form is not None or view.columns * channels <= _WIDEST)
+            for view in views
+        )
+
+    found = [views for views in candidates() if sizable(views)]
+    best = min(found, key=lambda views: cost(rows, columns, groups, channels, views), default=None)
+    if best is None and form is not None:
+        raise ValueError(
+            f"Argument `form` cannot be {form!r} for a kernel this wide. Received: "
+            f"{columns.taps} taps"
+        )
+    if form is None and best is not None:
+        patches = _im2col_cost(rows, columns, groups, channels)
+        return best if cost(rows, columns, groups, channels, best) < patches else None
+    return best
+
+
+def _im2col_cost(rows: Axis, columns: Axis, groups: int, channels: int) -> float:
+    """Estimated time for one example with patches laid out."""
+    width = rows.taps * columns.taps * channels
+    numbers = rows.outputs * columns.outputs * groups * width
+    copies = 0 if rows.taps == columns.taps == 1 else 2 * _COPY
+    return numbers * (width + _HALF_SPEED_WIDTH + copies) + 2 * _START
 
 
 def _parts(rows: Axis, columns: Axis) -> int:

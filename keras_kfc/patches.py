@@ -62,8 +62,8 @@ def patch_second_moment(
         data_format: `"channels_last"` or `"channels_first"`.
         form: How to compute it: `"spectral"`, `"windows"` or `"im2col"`. By
             default the cheapest for the sizes at hand. All work on slices of the
-            batch, so that they hold about 128 MiB at a time at most (the first two
-            without slices if XLA compiles them).
+            batch, so that they hold about 128 MiB, or one image's share, at a time (the
+            first two without slices if XLA compiles them).
 
     Returns:
         `(second_moment, patch_sum)` of shapes `(G, K, K)` and `(G, K)`, float32
@@ -72,7 +72,7 @@ def patch_second_moment(
     Raises:
         TypeError: If a size is not an integer.
         ValueError: If an argument is out of range, `groups` does not divide J, or
-            `form` needs sizes that are not known.
+            `form` needs sizes that are not known or a smaller kernel.
 
     Example:
 
@@ -252,14 +252,14 @@ def _im2col(images, kernel, strides, padding, dilation, groups):
 
     if kernel == strides == (1, 1):
         return moments(images)
-    shape = tf.shape(images)
+    shape = tf.shape(images, tf.int64)
     taps = kernel[0] * kernel[1]
     positions = (shape[1] // strides[0] + 1) * (shape[2] // strides[1] + 1)
     bytes_each = images.dtype.size * images.shape[-1] * taps * positions
-    size = tf.maximum(1, _SLICE_BYTES // tf.maximum(1, bytes_each))
+    size = tf.maximum(_SLICE_BYTES // tf.maximum(bytes_each, 1), 1)
     if compiled_by_xla():
         # Not even a slice that is never taken may be longer than the batch.
-        size = tf.maximum(1, tf.minimum(size, shape[0]))
+        size = tf.maximum(tf.minimum(size, shape[0]), 1)
     return _in_slices(images, size, moments)
 
 
@@ -268,7 +268,7 @@ def _in_slices(images, size, moments):
     batch = images.shape[0]
     if isinstance(size, int) and batch is not None and batch <= size:
         return moments(images)
-    shape = tf.shape(images)
+    shape = tf.shape(images, tf.int64)
     count = shape[0] // size
     slices = tf.reshape(images[: count * size], tf.concat(((count, size), shape[1:]), axis=0))
     slices.set_shape((None, None, *images.shape[1:]))
@@ -280,6 +280,9 @@ def _in_slices(images, size, moments):
     # What is left over comes first; its sums have the shapes that the loop needs.
     start = moments(images[count * size :])
     _, moment, total = tf.while_loop(
-        lambda number, *_: number < count, add_slice, (0, *start), parallel_iterations=1
+        lambda number, *_: number < count,
+        add_slice,
+        (tf.zeros((), tf.int64), *start),
+        parallel_iterations=1,
     )
     return moment, total

@@ -58,9 +58,9 @@ class Preconditioner:
                 add_variable=add_variable,
             )
             self.blocks.append(block)
-            _tell_cuts(block, max_factor_dim)
             self._block_of_kernel[id(variable)] = block
             self._kernels[index] = variable
+        _tell_cuts(self.blocks, max_factor_dim)
         if not self.blocks:
             _logger.warning(
                 "KFC found no layer with a Kronecker block: its fallback rule, an Adam, trains "
@@ -141,7 +141,7 @@ class Preconditioner:
         omega_inverses, gamma_inverses = invert_blocks(
             [tf.convert_to_tensor(block.omega) for block in self.blocks],
             [tf.convert_to_tensor(block.gamma) for block in self.blocks],
-            [block.geometry.groups for block in self.blocks],
+            [block.partition.block_shape for block in self.blocks],
             damping,
             relative,
         )
@@ -212,33 +212,32 @@ class Preconditioner:
         return tf.cast(kernel, dtype), None if bias is None else tf.cast(bias, dtype)
 
 
-def _tell_cuts(block, max_factor_dim):
-    """Logs what a factor beyond the limit would have taken, and how it was cut."""
-    whole = Partition(block.geometry, block.partition.use_bias)
-    cuts = (
-        ("input", whole.omega_shape, block.partition.omega_shape),
-        ("output", whole.gamma_shape, block.partition.gamma_shape),
-    )
-    for name, (groups, rows, _), (parts, part_rows, _) in cuts:
-        if max_factor_dim is None or rows <= max_factor_dim:
-            continue
-        size = 4 * groups * rows**2
-        kept = 4 * parts * part_rows**2
+def _tell_cuts(blocks, max_factor_dim):
+    """Logs what factors beyond the limit would have taken, and how they are cut."""
+    lines = []
+    for block in blocks:
+        whole = Partition(block.geometry, block.partition.use_bias)
+        for name, before, after in (
+            ("input", whole.omega_shape, block.partition.omega_shape),
+            ("output", whole.gamma_shape, block.partition.gamma_shape),
+        ):
+            if after != before:
+                lines.append(
+                    f"{block.path}: {name} factor of {before[1]} rows ({_costs_text(before)}), "
+                    f"now {after[0]} blocks of {after[1]} rows ({_costs_text(after)})"
+                )
+    if lines:
         _logger.warning(
-            "The %s factor of layer %s has %d rows, more than max_factor_dim=%d: with its "
-            "inverse it would take %s, and %.1e products to invert. It is cut into %d diagonal "
-            "blocks of %d rows, %s and %.1e products.",
-            name,
-            block.path,
-            rows,
+            "Factors of more than max_factor_dim=%d rows are cut into diagonal blocks. With "
+            "their inverses, and the products of each inversion:\n  %s",
             max_factor_dim,
-            _bytes_text(2 * size),
-            2.0 * groups * rows**3,
-            parts,
-            part_rows,
-            _bytes_text(2 * kept),
-            2.0 * parts * part_rows**3,
+            "\n  ".join(lines),
         )
+
+
+def _costs_text(shape):
+    count, rows, _ = shape
+    return f"{_bytes_text(8 * count * rows**2)}, {count * rows**3:.1e} products"
 
 
 def _bytes_text(count):

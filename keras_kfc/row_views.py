@@ -36,8 +36,9 @@ class View:
         planes: P.
         columns: D.
         repeats: Vectors for each row of an example (windows in a row).
-        weights: `(kw * kw, P * D * D)`: the sum for tap columns j and j' is the
-            weighted sum of the Gram matrices' entries `[p, d, d']`.
+        weights: Function that makes `(kw * kw, P * D * D)`: the sum for tap columns j and
+            j' is the weighted sum of the Gram matrices' entries `[p, d, d']`. Not made
+            before they are needed, since they can be large.
         lay_out: Function from images `(B, H, W, G, J)` to
             `(P, G, H, B * repeats, D * J)`.
         columns_first: Whether `lay_out` takes the images as `(W, H, B, G, J)`.
@@ -46,7 +47,7 @@ class View:
     planes: int
     columns: int
     repeats: int
-    weights: np.ndarray
+    weights: Callable[[], np.ndarray]
     lay_out: Callable[[tf.Tensor], tf.Tensor]
     columns_first: bool = False
 
@@ -63,7 +64,7 @@ def window_views(axis: Axis, outputs_per_window: int) -> tuple[View, ...]:
     hop = axis.stride * outputs_per_window
     start = axis.offsets[0]
     width = window_width(axis, outputs_per_window)
-    weights = _count_positions(axis, range(outputs_per_window), start, width)
+    weights = functools.partial(_count_positions, axis, range(outputs_per_window), start, width)
 
     # A window is a run of whole hops, and what is left of it.
     pieces = [(first, min(hop, width - hop * first)) for first in range(-(-width // hop))]
@@ -71,8 +72,8 @@ def window_views(axis: Axis, outputs_per_window: int) -> tuple[View, ...]:
     def lay_out(images):
         rows, _, groups, channels = images.shape[1:]
         stop = start + hop * (count - 1 + len(pieces))
-        images = images[:, :, max(start, 0) : stop]
-        padding = (max(0, -start), max(0, stop - axis.size))
+        images = images[:, :, :stop]
+        padding = (-start, max(0, stop - axis.size))
         images = pad(images, ((0, 0), (0, 0), padding, (0, 0), (0, 0)))
         hops = tf.transpose(images, (3, 1, 0, 2, 4))
         hops = tf.reshape(hops, (groups, rows, -1, count - 1 + len(pieces), hop * channels))
@@ -109,22 +110,26 @@ def spectral_views(axis: Axis, parts: int) -> tuple[View, ...]:
     lags = [offset // axis.stride for offset in axis.offsets]
     phases = [offset % axis.stride for offset in axis.offsets]
     angles = np.pi * np.arange(1, period, 2) / period
-    # Real and imaginary part of the transform, as rows.
-    turns = angles[:, None] * np.arange(columns)
-    transform = np.stack([np.cos(turns), -np.sin(turns)], axis=1)
-    weights = np.zeros((axis.taps, axis.taps, len(angles), axis.stride, 2, axis.stride, 2))
-    for j, k in itertools.product(range(axis.taps), repeat=2):
-        turn = angles * (lags[k] - lags[j])
-        block = weights[j, k, :, phases[j], :, phases[k], :]
-        block[:, 0, 0] = block[:, 1, 1] = 2 / period * np.cos(turn)
-        block[:, 1, 0] = 2 / period * np.sin(turn)
-        block[:, 0, 1] = -block[:, 1, 0]
+
+    def weights(chosen):
+        shape = (axis.taps, axis.taps, len(angles[chosen]), axis.stride, 2, axis.stride, 2)
+        made = np.zeros(shape)
+        for j, k in itertools.product(range(axis.taps), repeat=2):
+            turn = angles[chosen] * (lags[k] - lags[j])
+            block = made[j, k, :, phases[j], :, phases[k], :]
+            block[:, 0, 0] = block[:, 1, 1] = 2 / period * np.cos(turn)
+            block[:, 1, 0] = 2 / period * np.sin(turn)
+            block[:, 0, 1] = -block[:, 1, 0]
+        return made.reshape(axis.taps**2, -1)
 
     def lay_out(images, chosen):
         rows, _, groups, channels = images.shape[1:]
         images = pad(images, ((0, axis.stride * columns - axis.size), *[(0, 0)] * 4))
-        planes = transform[chosen].shape[0]
-        matrix = tf.constant(transform[chosen].reshape(-1, columns), images.dtype)
+        # Real and imaginary part of the transform, as rows.
+        turns = angles[chosen, None] * np.arange(columns)
+        transform = np.stack([np.cos(turns), -np.sin(turns)], axis=1)
+        planes = transform.shape[0]
+        matrix = tf.constant(transform.reshape(-1, columns), images.dtype)
         spectra = matrix @ tf.reshape(images, (columns, -1))
         spectra = tf.reshape(spectra, (planes, 2, axis.stride, -1, groups, channels))
         spectra = tf.transpose(spectra, (0, 4, 3, 2, 1, 5))
@@ -136,7 +141,7 @@ def spectral_views(axis: Axis, parts: int) -> tuple[View, ...]:
             stop - start,
             2 * axis.stride,
             1,
-            weights[:, :, start:stop].reshape(axis.taps**2, -1),
+            functools.partial(weights, slice(start, stop)),
             functools.partial(lay_out, chosen=slice(start, stop)),
             columns_first=True,
         )
@@ -165,7 +170,9 @@ def _border_views(axis: Axis, surplus: Iterable[int]) -> list[View]:
     if not seen:
         return []
     start, stop = min(seen), max(seen) + 1
-    weights = -_count_positions(axis, surplus, start, stop - start)
+
+    def weights():
+        return -_count_positions(axis, surplus, start, stop - start)
 
     def lay_out(images):
         rows, _, groups, channels = images.shape[1:]

@@ -26,7 +26,8 @@ class ExampleSample:
     """The examples of a batch that factors are estimated from, or all of them.
 
     They follow each other from a random one on, around the end of the batch, so that
-    each example is as likely as any other: the estimate is unbiased.
+    each example (each row, where tensors have several for one) is as likely as any
+    other: the estimate is unbiased.
 
     Args:
         batch_size: Number of examples in the batch, B.
@@ -53,7 +54,7 @@ class ExampleSample:
         taken, rows = [], []
         for tensor in tensors:
             length = tf.shape(tensor, tf.int64)[0]
-            share = length * self.count // tf.cast(self.batch_size, tf.int64)
+            share = length * self.count // tf.maximum(tf.cast(self.batch_size, tf.int64), 1)
             share = tf.minimum(length, tf.maximum(share, 1))
             first = tf.cast(self.start * tf.cast(length, tf.float32), tf.int64)
             taken.append(tf.gather(tensor, (first + tf.range(share)) % tf.maximum(length, 1)))
@@ -61,7 +62,7 @@ class ExampleSample:
         part, whole = (
             tf.cast(tf.add_n(list(counts)), tf.float32) for counts in zip(*rows, strict=True)
         )
-        return taken, tf.cast(self.batch_size, tf.float32) * part / whole
+        return taken, tf.cast(self.batch_size, tf.float32) * part / tf.maximum(whole, 1.0)
 
 
 def draw_examples(batch_size: tf.Tensor, count: int | None, seed: tf.Tensor) -> ExampleSample:

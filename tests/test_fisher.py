@@ -13,7 +13,14 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import explicit_ggn, relative_error
-from keras_kfc.linalg import block_damping, damped_inverse, inverse_root, invert_blocks
+from keras_kfc.linalg import (
+    BlockShape,
+    _invert_all_xla,
+    block_damping,
+    damped_inverse,
+    inverse_root,
+    invert_blocks,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -186,23 +193,27 @@ def test_inverse_never_raises(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_cholesky_never_raises_where_it_is_used(dtype):
-    """Just above the damping from which it is: all of a matrix in one direction, or spread."""
-    rng = np.random.default_rng(0)
+def test_nearly_singular_matrices_have_inverses(dtype):
+    """Smooth kernels, whose eigenvalues fall below rounding, and two inputs almost equal."""
     resolution = float(np.finfo(dtype).eps)
-    for n in (2, 65, 130, 300):
-        for root in (np.ones((n, 1)), rng.normal(size=(n, 1)), rng.normal(size=(n, n // 2 + 1))):
-            matrix = (root @ root.T).astype(dtype)
-            shift = 1.1 * resolution * n * (n + 1) * np.trace(matrix) / n
-            inverse = damped_inverse(tf.constant(matrix[None]), tf.constant([shift], dtype))
-            assert np.isfinite(inverse).all()
+    matrices = [np.array([[1, 1 + 25 * resolution], [1 + 25 * resolution, 1]])]
+    for n in (5, 64, 130, 150, 300):
+        grid = np.linspace(0, 1, n)
+        matrices.append(np.exp(-((grid[:, None] - grid) ** 2) / 0.5))
+        matrices.append(1 / (1 + np.arange(n)[:, None] + np.arange(n)))
+        matrices.append(np.ones((n, n)))
+    for matrix in matrices:
+        for damping in (0.0, 10 * resolution, 1000 * resolution):
+            shift = damping * len(matrix)
+            inverse = damped_inverse(tf.constant(matrix[None], dtype), tf.constant([shift], dtype))
+            assert np.isfinite(inverse).all(), (len(matrix), damping)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("shift", [0.3, 1e-3])
 @pytest.mark.parametrize("size", [1, 30, 64, 65, 129, 300])
 def test_damped_inverse_is_the_inverse(jit_compile, shift, size):
-    """One block and several, and on both sides of the damping that LU is for."""
+    """One block and several, with more and less damping."""
     root = np.random.default_rng(0).normal(size=(2, size, 2 * size)).astype("float32")
     matrix = tf.matmul(root, root, transpose_b=True) / (2 * size)
     shifts = tf.constant([shift, 2 * shift])
@@ -232,7 +243,15 @@ def test_factors_of_one_size_are_inverted_as_each_alone():
     # Sizes recur among omegas, among gammas and between the two, with groups too.
     omegas = [factor(1, 5), factor(1, 4), factor(2, 5), factor(1, 5)]
     gammas = [factor(1, 4), factor(1, 5), factor(2, 4), factor(1, 3)]
-    results = invert_blocks(omegas, gammas, [1, 1, 2, 1], tf.constant(0.2), False)
+    shapes = [
+        BlockShape(omega.shape[0], omega.shape[1], gamma.shape[1])
+        for omega, gamma in zip(omegas, gammas, strict=True)
+    ]
+    results = invert_blocks(omegas, gammas, shapes, tf.constant(0.2), False)
+    compiled = _invert_all_xla(omegas, gammas, tuple(shapes), tf.constant(0.2), False)
+    flat, flat_compiled = tf.nest.flatten(results), tf.nest.flatten(compiled)
+    for one, other in zip(flat, flat_compiled, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10)
     for number, (omega, gamma) in enumerate(zip(omegas, gammas, strict=True)):
         shifts = block_damping(omega, gamma, 0.2, None)
         for result, matrix, shift in zip(results, (omega, gamma), shifts, strict=True):

@@ -11,7 +11,7 @@ import tensorflow as tf
 import keras_kfc
 from conftest import relative_error
 from keras_kfc.factors import ConvGeometry, DenseGeometry
-from keras_kfc.linalg import block_damping, invert_blocks
+from keras_kfc.linalg import BlockShape, block_damping, invert_blocks
 from keras_kfc.partition import Partition, partition_of
 
 CASES = [
@@ -20,6 +20,8 @@ CASES = [
     (DenseGeometry(7, 5), 3, 2),
     (ConvGeometry((2, 3), 4, 6), 2, 3),
     (ConvGeometry((2, 3), 4, 5), 4, 2),
+    (ConvGeometry((2, 3), 5, 6), 2, 3),
+    (ConvGeometry((3, 2), 7, 6), 3, 1),
     (ConvGeometry((2, 3), 8, 6, groups=2), 2, 3),
     (ConvGeometry((2, 3), 8, 6, groups=2), 1, 2),
     (ConvGeometry((2, 3), 8, 6, groups=2), 4, 1),
@@ -89,29 +91,46 @@ def test_cut_factors_act_as_the_whole_ones_without_correlations_between_parts(
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_parts_are_damped_as_the_whole(relative):
-    """Where correlations between parts are zero anyway, cutting changes nothing at all."""
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (5, 3)])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_parts_are_damped_as_the_whole(relative, inputs, outputs, use_bias):
+    """Where correlations between parts are zero anyway, cutting changes nothing at all.
+
+    Nor does what parts are filled up with.
+    """
     rng = np.random.default_rng(0)
-    inputs = np.zeros((12, 4))
-    # Inputs of the two parts are never active together; scales differ.
-    inputs[:6, :2], inputs[6:, 2:] = rng.normal(size=(6, 2)), 5 * rng.normal(size=(6, 2))
-    derivatives = np.zeros((12, 4))
-    derivatives[::2, :2], derivatives[1::2, 2:] = rng.normal(size=(2, 6, 2))
-    joint = tf.constant(rng.normal(size=(1, 4, 4)))
+    # The first part is never active together with the second, nor that with the bias:
+    # each example of it comes with its opposite. Scales differ.
+    width = -(-inputs // 2)
+    a = np.zeros((12, inputs))
+    a[:6, :width] = rng.normal(size=(6, width))
+    a[6:9, width:] = 5 * rng.normal(size=(3, inputs - width))
+    a[9:] = -a[6:9]
+    half = -(-outputs // 2)
+    derivatives = np.zeros((12, outputs))
+    derivatives[::2, :half] = rng.normal(size=(6, half))
+    derivatives[1::2, half:] = rng.normal(size=(6, outputs - half))
+    geometry = DenseGeometry(inputs, outputs)
+    joint = tf.constant(rng.normal(size=(1, inputs + use_bias, outputs)))
     results = []
     for parts in (1, 2):
-        partition = Partition(DenseGeometry(4, 4), False, parts, parts)
-        omega = partition.omega([tf.constant(inputs)], 12)
+        partition = Partition(geometry, use_bias, parts, parts)
+        omega = partition.omega([tf.constant(a)], 12)
         gamma = partition.gamma([tf.constant(derivatives)])
-        (omega,), (gamma,) = invert_blocks([omega], [gamma], [1], tf.constant(0.1), relative)
+        (omega,), (gamma,) = invert_blocks(
+            [omega], [gamma], [partition.block_shape], tf.constant(0.1), relative
+        )
         results.append(partition.multiply(omega, joint, gamma).numpy())
-    np.testing.assert_allclose(results[1], results[0], rtol=1e-10)
+    # The mean eigenvalue of the network is computed in float32, where it is used.
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-9)
 
 
 def test_damping_of_a_dead_part_is_that_of_its_group():
     omega = tf.constant(np.stack([4 * np.eye(2), np.zeros((2, 2))]))
     gamma = tf.constant(np.eye(3)[None])
-    omega_shift, gamma_shift = block_damping(omega, gamma, 0.25, tf.constant(9.0), 1)
+    omega_shift, gamma_shift = block_damping(
+        omega, gamma, 0.25, tf.constant(9.0), BlockShape(1, 4, 3)
+    )
     np.testing.assert_allclose(omega_shift, [1.0, 1.0])
     np.testing.assert_allclose(gamma_shift, [0.5])
 
@@ -156,8 +175,10 @@ def test_wide_layers_train_in_parts_and_are_told_with_figures(caplog):
     shapes = {block.path.split("/")[-1]: block.omega.shape for block in optimizer.blocks}
     assert shapes == {"conv": (2, 28, 28), "dense": (3, 28, 28)}
     assert int(optimizer.skipped_inverse_updates) == 0
-    assert "input factor of layer sequential/conv has 55 rows" in caplog.text
-    assert "2 diagonal blocks of 28 rows" in caplog.text
+    (message,) = [r.getMessage() for r in caplog.records if "max_factor_dim" in r.getMessage()]
+    assert "max_factor_dim=30 rows" in message
+    assert "sequential/conv: input factor of 55 rows (0.0 MiB, 1.7e+05 products)" in message
+    assert "now 2 blocks of 28 rows (0.0 MiB, 4.4e+04 products)" in message
 
 
 def test_a_limit_that_no_factor_reaches_changes_nothing(caplog):

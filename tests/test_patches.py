@@ -238,14 +238,45 @@ def test_equal_distances_share_a_sum():
     assert len(plan.pairs) == 15
 
 
-def test_rounded_products_of_a_gpu_keep_the_transform_away(monkeypatch):
+def test_rounded_products_of_a_gpu_are_of_patches_only(monkeypatch):
     axis = axis_of(32, 3, 1, "same", 1)
-    assert cheapest_views(axis, axis, 1, 64)[0].planes > 1
+    assert cheapest_views(axis, axis, 1, 64)[0].columns_first
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["a GPU"])
     assert tf.config.experimental.tensor_float_32_execution_enabled()
-    assert cheapest_views(axis, axis, 1, 64)[0].planes == 1
+    assert cheapest_views(axis, axis, 1, 64) is None
     monkeypatch.setattr(tf.config.experimental, "tensor_float_32_execution_enabled", lambda: False)
-    assert cheapest_views(axis, axis, 1, 64)[0].planes > 1
+    assert cheapest_views(axis, axis, 1, 64)[0].columns_first
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "dilation", "channels", "chosen"),
+    [
+        ((32, 32), (3, 3), 1, 1, 64, "spectral"),
+        ((28, 28), (5, 5), 1, 1, 1, "windows"),
+        ((32, 32), (3, 3), 2, 1, 16, "windows"),
+        ((14, 14), (1, 1), 1, 1, 256, "im2col"),
+        ((33, 33), (3, 3), 1, 18, 2048, "im2col"),
+        ((1, 16000), (1, 512), 1, 1, 1, "im2col"),
+    ],
+)
+def test_each_form_is_chosen_where_it_is_cheapest(size, kernel, stride, dilation, channels, chosen):
+    """And nothing large is made on the way to the choice."""
+    rows, columns = (
+        axis_of(length, taps, stride, "same", dilation)
+        for length, taps in zip(size, kernel, strict=True)
+    )
+    views = cheapest_views(rows, columns, 1, channels)
+    form = "im2col" if views is None else "spectral" if views[0].columns_first else "windows"
+    assert form == chosen
+
+
+def test_long_kernels_work_or_say_that_a_form_cannot():
+    images = normal(1, 1, 700, 1)
+    moment, _ = patch_second_moment(images, (1, 300))
+    expected, _ = naive_moment(images, (1, 300), (1, 1), "valid", (1, 1))
+    np.testing.assert_allclose(moment[0], expected, atol=1e-10)
+    with pytest.raises(ValueError, match="`form`"):
+        patch_second_moment(images, (1, 300), form="windows")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Factors from a sample of a batch's examples."""
 
-import itertools
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -73,16 +71,11 @@ def test_starts_are_drawn_anew_for_each_step_and_repeat_under_a_seed():
 def test_training_with_a_sample_learns_and_a_sample_of_all_changes_nothing(jit_compile):
     options = {"seed": 1, "fisher": "exact", "factor_update_period": 2}
     weights = {}
-    for samples in (None, 8, 32, 100):
+    for samples in (None, 8, 32):
         model = conv_net()
         optimizer = keras_kfc.KFC(factor_samples=samples, **options)
         weights[samples] = train(model, optimizer, steps=8, jit_compile=jit_compile)
         loss = model.evaluate(*image_batch(), verbose=0)
         assert loss < 0.9
-    for samples in (32, 100):
-        np.testing.assert_allclose(weights[samples], weights[None], atol=1e-4)
-    differences = [
-        relative_error(weights[one], weights[other])
-        for one, other in itertools.combinations((None, 8), 2)
-    ]
-    assert min(differences) > 1e-3
+    np.testing.assert_allclose(weights[32], weights[None], atol=1e-4)
+    assert relative_error(weights[8], weights[None]) > 1e-3
