@@ -121,7 +121,7 @@ def by_kind(net: str, jit_compile: bool, repeats: int) -> dict[str, Any]:
     optimizer = kfc.model.optimizer
     factors, inverses = optimizer.factor_update_period, optimizer.inverse_update_period
     for training in (sgd, kfc):
-        training.run(2 * max(factors, inverses))
+        training.run(max(factors, inverses))
     seconds: dict[str, list[float]] = {"SGD": [], "nothing": [], "factors": [], "both": []}
     for _ in range(repeats):
         for step in range(max(factors, inverses)):
@@ -151,7 +151,7 @@ def measure(net: str, jit_compile: bool, repeats: int, cold: bool) -> dict[str, 
     period = int(np.lcm(kfc.factor_update_period, kfc.inverse_update_period))
     for training in trainings.values():
         # Past the start, where updates are due more often.
-        training.run(2 * period)
+        training.run(period)
     calls = {name: lambda t=training: t.run(period) for name, training in trainings.items()}
     seconds = interleaved(calls, repeats)
     row: dict[str, Any] = {"net": net, "XLA": "yes" if jit_compile else "no"}
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument(
         "--max-factor-dim", type=int, help="another column: KFC with this limit for its factors"
     )
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-cold", action="store_true", help="leave out first step and memory")
     parser.add_argument("--first-step", nargs=2, metavar=("NET", "OPTIMIZER"))
     arguments = parser.parse_args()
