@@ -107,19 +107,15 @@ def moments_of(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.matmul(matrix, matrix, transpose_a=True), ones @ matrix
 
 
-def ours(case: Case, form: str | None, jit_compile: bool):
+def ours(case: Case, form: str | None, jit_compile: bool = False, any_batch: bool = False):
     """A graph function of images: the package's second moment and patch sum."""
 
     def moments(images):
         return patch_second_moment(images, case.kernel, case.stride, "same", form=form)
 
-    signature = [tf.TensorSpec((None, case.size, case.size, case.channels))]
-    return tf.function(
-        moments,
-        input_signature=None if jit_compile else signature,
-        autograph=False,
-        jit_compile=jit_compile,
-    )
+    batch = None if any_batch else case.batch
+    signature = [tf.TensorSpec((batch, case.size, case.size, case.channels))]
+    return tf.function(moments, input_signature=signature, autograph=False, jit_compile=jit_compile)
 
 
 def measure(case: Case, repeats: int, forms: list[str | None], jit_compile: bool) -> dict:
@@ -150,7 +146,7 @@ def measure(case: Case, repeats: int, forms: list[str | None], jit_compile: bool
 def peak_memory(case: Case, form: str | None) -> int:
     """Bytes that this process takes at most for one second moment, beyond the result."""
     images = case.images()
-    function = ours(case, form, False)
+    function = ours(case, form, any_batch=True)
     # Traces, starts the threads and makes their scratch space. More would leave freed
     # memory behind, which the allocator keeps, and hide what the whole batch takes.
     function(images[: max(1, case.batch // 16)])
