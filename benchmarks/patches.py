@@ -1,8 +1,8 @@
 """Patch second moments against patches laid out, and against the convolution itself.
 
-Both give second moment and patch sum.
 Run as `python -m benchmarks.patches`; `--help` lists the options. Each case is one
-layer's input; all that is compared runs in turns, and medians are shown. Memory is
+layer's input. Ours and patches both give second moment and patch sum; all that is
+compared runs in turns, and medians are shown. Memory is
 what a process takes at most beyond the result, in a process of its own.
 """
 

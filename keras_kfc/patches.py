@@ -93,7 +93,7 @@ def patch_second_moment(
         check_choice("form", form, FORMS)
     images = _images_of(inputs, data_format, groups)
     sizes = images.shape[1:3]
-    if form == "im2col" or not sizes.is_fully_defined():
+    if not sizes.is_fully_defined():
         if form not in (None, "im2col"):
             raise ValueError(
                 f"Argument `form` can be {form!r} only for images of known height and width. "
@@ -108,7 +108,9 @@ def patch_second_moment(
     if rows.outputs == 0 or columns.outputs == 0:
         size = kernel[0] * kernel[1] * channels
         return tf.zeros((groups, size, size), images.dtype), tf.zeros((groups, size), images.dtype)
-    views = cheapest_views(rows, columns, groups, channels, form)
+    views = None
+    if form != "im2col":
+        views = cheapest_views(rows, columns, groups, channels, form)
     if views is None:
         return _im2col(images, kernel, strides, padding, dilation, groups)
     moments = _autocorrelation(rows, columns, views, groups, channels, images.dtype)

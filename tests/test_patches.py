@@ -201,8 +201,9 @@ def test_slices_of_the_batch_add_up(monkeypatch, form, jit_compile, batch):
     np.testing.assert_allclose(result[1][0], expected[1], atol=1e-11)
 
 
-def test_kernel_that_fits_nowhere_has_no_patches():
-    moment, total = patch_second_moment(np.ones((2, 3, 9, 2)), (5, 2))
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_kernel_that_fits_nowhere_has_no_patches(form):
+    moment, total = patch_second_moment(np.ones((2, 3, 9, 2)), (5, 2), form=form)
     assert moment.shape == (1, 20, 20)
     assert not np.any(moment)
     assert not np.any(total)
