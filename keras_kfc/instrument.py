@@ -121,12 +121,16 @@ def instrument(
     """
     if instrument_layers(model, exclude):
         _forget_traces(model)
-        if getattr(kronecker_optimizer(getattr(model, "optimizer", None)), "built", False):
-            _logger.warning(
-                "The optimizer of %s was built before `instrument` changed its layers, and keeps "
-                "its blocks. Compile the model again with a new optimizer.",
-                type(model).__name__,
-            )
+        optimizer = kronecker_optimizer(getattr(model, "optimizer", None))
+        if getattr(optimizer, "built", False):
+            if optimizer.has_waiting_state() or not optimizer.iterations.numpy():
+                optimizer.rebuild(model.trainable_variables)
+            else:
+                _logger.warning(
+                    "The optimizer of %s was built before `instrument` changed its layers, and "
+                    "keeps its blocks. Compile the model again with a new optimizer.",
+                    type(model).__name__,
+                )
     if verbose:
         print(coverage(model))
     return model

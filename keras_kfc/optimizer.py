@@ -224,6 +224,8 @@ class KFC(FactorUpdates):
         self._second_moments: tuple[Any, ...] = ()
         self._noticed = False
         self._built_now = False
+        self._stored = None
+        self._before_build = frozenset()
 
     def _counter(self, name: str, initial: int = 0) -> keras.Variable:
         initializer = keras.initializers.Constant(initial)
@@ -274,6 +276,7 @@ class KFC(FactorUpdates):
         """
         if self.built:
             return
+        self._before_build = frozenset(map(id, self._variables))
         super().build(variables)
         indices = self._trainable_variables_indices
         self._preconditioner = Preconditioner(
@@ -292,6 +295,7 @@ class KFC(FactorUpdates):
             else self.add_variable_from_reference(variable, name="second_moment")
             for index, variable in enumerate(variables)
         )
+        self._take_waiting_state()
 
     def get_config(self):
         """Configuration from which `from_config` makes an equal optimizer."""

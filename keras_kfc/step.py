@@ -1,14 +1,14 @@
 """One step of the optimizer, given its factors: inverses, directions, trust region, momentum."""
 
-import keras
 import tensorflow as tf
 
 from keras_kfc.blocks import all_finite
 from keras_kfc.fallback import adam_step, bias_corrections
 from keras_kfc.preconditioner import Preconditioner
+from keras_kfc.resume import ResumableOptimizer
 
 
-class PreconditionedStep(keras.optimizers.Optimizer):
+class PreconditionedStep(ResumableOptimizer):
     """The part of `keras_kfc.KFC` that turns gradients into updates."""
 
     _preconditioner: Preconditioner

@@ -1,0 +1,163 @@
+"""How the optimizer's state is stored with a model and found again.
+
+Keras stores optimizer variables by position and skips them, with a warning,
+where their number differs. That would lose factors and momenta in three common
+cases, for which the state waits here instead: the optimizer is not built yet;
+it was stored before its first step; or it is the optimizer of a loaded model
+whose layers live in a class of the user's own, and which `keras_kfc.instrument`
+has still to give its blocks.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_LAYOUT = "layout"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredState:
+    """Variables of an optimizer as they were stored.
+
+    Args:
+        arrays: Their values, by position.
+        blocks: `[path, omega shape, gamma shape]` of each Kronecker block.
+        built: Whether the optimizer had been built.
+    """
+
+    arrays: Sequence[np.ndarray]
+    blocks: list[list[Any]]
+    built: bool
+
+
+class ResumableOptimizer(keras.optimizers.Optimizer):
+    """The part of `keras_kfc.KFC` that saves and loads its variables."""
+
+    blocks: Any
+    # State that waits for `build` or `rebuild`.
+    _stored: StoredState | None
+    # Identities of the variables that were there before `build`.
+    _before_build: frozenset[int]
+
+    def save_own_variables(self, store) -> None:
+        """Stores all variables by position, and how they are laid out.
+
+        Args:
+            store: Keras's store, a mapping from names to arrays.
+        """
+        super().save_own_variables(store)
+        layout = {"built": self.built, "blocks": self._block_layout()}
+        store[_LAYOUT] = np.frombuffer(json.dumps(layout).encode(), "uint8")
+
+    def load_own_variables(self, store) -> None:
+        """Takes over variables from a store, all or none.
+
+        Args:
+            store: Keras's store, a mapping from names to arrays.
+
+        Raises:
+            ValueError: If the stored blocks have other shapes than this optimizer's.
+        """
+        if _LAYOUT not in store.keys():  # noqa: SIM118  (Keras's stores have no `in`)
+            self._warn_of_skipping("the stored state is that of another optimizer")
+            return
+        arrays = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
+        layout = json.loads(arrays.pop(_LAYOUT).tobytes())
+        stored = StoredState(
+            [arrays[str(i)] for i in range(len(arrays))], layout["blocks"], layout["built"]
+        )
+        if self.built or not stored.built:
+            self._take_stored(stored)
+        else:
+            self._stored = stored
+
+    def rebuild(self, variables: Sequence[keras.Variable]) -> None:
+        """Builds anew, for layers that were instrumented after `build`.
+
+        State that was loaded for these layers is taken over. All other state that
+        `build` creates (factors, inverses, momenta) starts afresh.
+
+        Args:
+            variables: The trainable variables.
+        """
+        for variable in self.variables:
+            if id(variable) not in self._before_build:
+                self._untrack_variable(variable)
+        self._trainable_variables_indices.clear()
+        self.built = False
+        self.build(variables)
+
+    def has_waiting_state(self) -> bool:
+        """Whether state was loaded that waits for the layers it belongs to."""
+        return self._stored is not None
+
+    def _take_waiting_state(self) -> None:
+        """Takes over, after `build`, what was loaded before it."""
+        stored, self._stored = self._stored, None
+        if stored is not None:
+            self._take_stored(stored)
+
+    def _take_stored(self, stored: StoredState) -> None:
+        variables = self.variables
+        if self.built and not stored.built:
+            variables = [v for v in variables if id(v) in self._before_build]
+        if stored.blocks and not self.blocks:
+            self._stored = stored
+            warnings.warn(
+                f"The stored state of optimizer '{self.name}' has Kronecker blocks for "
+                f"{len(stored.blocks)} layers, but no layer of the model is instrumented, as after "
+                "loading a model whose layers live in a class of your own. Call "
+                "`keras_kfc.instrument(model)` before training, which loads the state; without "
+                "it, factors and momenta are lost.",
+                stacklevel=3,
+            )
+            return
+        if len(variables) != len(stored.arrays):
+            self._warn_of_skipping(
+                f"it has {len(variables)} variables and {len(self.blocks)} Kronecker blocks, "
+                f"whereas the stored state has {len(stored.arrays)} variables and "
+                f"{len(stored.blocks)} blocks"
+            )
+            return
+        for (path, *shapes), (stored_path, *stored_shapes) in zip(
+            self._block_layout(), stored.blocks, strict=False
+        ):
+            if shapes != stored_shapes:
+                raise ValueError(
+                    f"The stored state of optimizer '{self.name}' belongs to other layers or "
+                    f"settings. Expected factors of shape {shapes} for layer {path}. Received: "
+                    f"factors of shape {stored_shapes} of layer {stored_path}"
+                )
+        for variable, array in zip(variables, stored.arrays, strict=True):
+            if tuple(variable.shape) != array.shape:
+                raise ValueError(
+                    f"The stored state of optimizer '{self.name}' belongs to other layers or "
+                    f"settings. Expected shape {tuple(variable.shape)} for {variable.path}. "
+                    f"Received: shape {array.shape}"
+                )
+        # `build` may run while a train step is traced.
+        with tf.init_scope():
+            for variable, array in zip(variables, stored.arrays, strict=True):
+                variable.assign(array)
+
+    def _block_layout(self) -> list[list[Any]]:
+        return [
+            [
+                block.path,
+                list(block.partition.omega_shape),
+                list(block.partition.gamma_shape),
+            ]
+            for block in self.blocks
+        ]
+
+    def _warn_of_skipping(self, reason: str) -> None:
+        warnings.warn(
+            f"Skipping variable loading for optimizer '{self.name}', because {reason}.",
+            stacklevel=4,
+        )

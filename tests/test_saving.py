@@ -1,0 +1,355 @@
+"""Training that was saved and resumed equals training that was never interrupted.
+
+Everything goes through Keras's own ways of saving. The optimizer draws the targets of the sampled
+Fisher matrix, so that equality covers its random numbers, too.
+"""
+
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from tests import nets
+
+SEED = 11
+
+
+def compiled(layers=keras_kfc.layers, optimizer=None, **kwargs):
+    """A small conv net with dropout and batch norm, compiled."""
+    keras.backend.clear_session(free_memory=False)
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(nets.conv_stack(layers))
+    model.compile(
+        optimizer=default_optimizer() if optimizer is None else optimizer,
+        loss="sparse_categorical_crossentropy",
+        **kwargs,
+    )
+    return model
+
+
+def default_optimizer(**kwargs):
+    return keras_kfc.KFC(seed=SEED, factor_update_period=3, inverse_update_period=4, **kwargs)
+
+
+def fit(model, epochs, first=0, **kwargs):
+    """Three batches an epoch, in one order, so that epochs do not end on a due step."""
+    images, labels = nets.image_batch(36)
+    return model.fit(
+        images,
+        labels,
+        batch_size=12,
+        epochs=epochs,
+        initial_epoch=first,
+        shuffle=False,
+        verbose=0,
+        **kwargs,
+    )
+
+
+def assert_same_state(model, expected):
+    """Weights and optimizer variables agree to float precision."""
+    optimizer, reference = model.optimizer, expected.optimizer
+    for variable, other in zip(
+        [*model.variables, *optimizer.variables],
+        [*expected.variables, *reference.variables],
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            variable.numpy(), other.numpy(), rtol=1e-5, atol=1e-7, err_msg=other.path
+        )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    model = compiled()
+    fit(model, 4)
+    return model
+
+
+def by_keras_file(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    return keras.saving.load_model(tmp_path / "model.keras")
+
+
+def by_weights_file(model, tmp_path):
+    model.save_weights(tmp_path / "model.weights.h5")
+    fresh = compiled()
+    fresh.optimizer.build(fresh.trainable_variables)
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    return fresh
+
+
+def by_checkpoint_object(model, tmp_path):
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "ckpt")
+    fresh = compiled()
+    fresh.optimizer.build(fresh.trainable_variables)
+    checkpoint = tf.train.Checkpoint(model=fresh, optimizer=fresh.optimizer)
+    checkpoint.restore(path).assert_consumed()
+    return fresh
+
+
+WAYS = [by_keras_file, by_weights_file, by_checkpoint_object]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_epochs_and_two_more_are_four(way, uninterrupted, tmp_path):
+    model = compiled()
+    fit(model, 2)
+    resumed = way(model, tmp_path)
+    assert resumed is not model
+    fit(resumed, 4, first=2)
+    assert_same_state(resumed, uninterrupted)
+
+
+def test_a_fresh_optimizer_would_show(uninterrupted):
+    """Negative control: without the optimizer's state the two trainings differ."""
+    model = compiled()
+    fit(model, 2)
+    model.compile(optimizer=default_optimizer(), loss="sparse_categorical_crossentropy")
+    fit(model, 4, first=2)
+    with pytest.raises(AssertionError):
+        assert_same_state(model, uninterrupted)
+
+
+def test_another_seed_would_show(uninterrupted, tmp_path):
+    """Negative control: the random draws matter."""
+    model = compiled()
+    fit(model, 2)
+    model.optimizer._draw_seed.assign(SEED + 1)
+    fit(model, 4, first=2)
+    with pytest.raises(AssertionError):
+        assert_same_state(model, uninterrupted)
+
+
+def test_state_loaded_before_the_optimizer_is_built_waits_for_it(uninterrupted, tmp_path):
+    model = compiled()
+    fit(model, 2)
+    model.save_weights(tmp_path / "model.weights.h5")
+    fresh = compiled()
+    assert not fresh.optimizer.built
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    fit(fresh, 4, first=2)
+    assert_same_state(fresh, uninterrupted)
+
+
+def test_a_checkpoint_restored_before_the_optimizer_is_built_waits_for_it(uninterrupted, tmp_path):
+    model = compiled()
+    fit(model, 2)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "ckpt")
+    fresh = compiled()
+    status = tf.train.Checkpoint(model=fresh, optimizer=fresh.optimizer).restore(path)
+    fit(fresh, 4, first=2)
+    status.assert_consumed()
+    assert_same_state(fresh, uninterrupted)
+
+
+@keras.saving.register_keras_serializable(package="keras_kfc_tests")
+class OwnModel(keras.Model):
+    """Its layers live in a class of its own, which saves nothing of their classes."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = keras.layers.Conv2D(4, 3, strides=2, padding="same")
+        self.head = keras.layers.Dense(3, activation="softmax")
+
+    def call(self, inputs):
+        hidden = keras.ops.relu(self.conv(inputs))
+        return self.head(keras.ops.reshape(hidden, (-1, 64)))
+
+
+def own_model(**kwargs):
+    keras.utils.set_random_seed(1)
+    model = keras_kfc.instrument(OwnModel())
+    model.compile(optimizer=default_optimizer(), loss="sparse_categorical_crossentropy", **kwargs)
+    model(np.zeros((1, 8, 8, 2)))
+    return model
+
+
+def test_state_of_layers_in_a_class_of_ones_own_waits_for_instrument(tmp_path):
+    expected = own_model()
+    fit(expected, 4)
+    model = own_model()
+    fit(model, 2)
+    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="instrument"):
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not loaded.optimizer.blocks
+    fit(keras_kfc.instrument(loaded), 4, first=2)
+    assert len(loaded.optimizer.blocks) == 2
+    assert_same_state(loaded, expected)
+
+
+def test_a_model_checkpoint_of_the_second_epoch_resumes(uninterrupted, tmp_path):
+    model = compiled()
+    callback = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
+    fit(model, 3, callbacks=[callback])
+    resumed = keras.saving.load_model(tmp_path / "2.keras")
+    fit(resumed, 4, first=2)
+    assert_same_state(resumed, uninterrupted)
+
+
+# Kills itself with SIGKILL in the third epoch, if told to.
+SCRIPT = """
+import os, pathlib, signal, sys
+import keras
+from tests import nets, test_saving
+
+class Kill(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.optimizer.iterations.numpy() == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+folder = pathlib.Path(sys.argv[1])
+callbacks = [keras.callbacks.BackupAndRestore(folder / "backup")]
+if sys.argv[2] == "kill":
+    callbacks.append(Kill())
+model = test_saving.compiled()
+history = test_saving.fit(model, 4, callbacks=callbacks)
+print("epochs", history.epoch)
+model.save(folder / "end.keras")
+"""
+
+
+def test_training_goes_on_after_a_kill_in_mid_epoch(uninterrupted, tmp_path):
+    def run(mode):
+        return subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path), mode], capture_output=True, text=True
+        )
+
+    killed = run("kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "end.keras").exists()
+    resumed = run("finish")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "epochs [2, 3]" in resumed.stdout
+    assert_same_state(keras.saving.load_model(tmp_path / "end.keras"), uninterrupted)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
+def test_resuming_under_another_dtype_policy(policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    keras.config.set_floatx("float64" if policy == "float64" else "float32")
+    expected = compiled()
+    fit(expected, 4)
+    model = compiled()
+    fit(model, 2)
+    model.save(tmp_path / "model.keras")
+    resumed = keras.saving.load_model(tmp_path / "model.keras")
+    fit(resumed, 4, first=2)
+    assert_same_state(resumed, expected)
+
+
+def test_resuming_with_all_of_keras_optimizer_state(tmp_path):
+    """EMA, gradient accumulation and schedules have variables of their own."""
+
+    def optimizer():
+        schedule = keras.optimizers.schedules.ExponentialDecay
+        return default_optimizer(
+            learning_rate=schedule(0.05, 2, 0.9),
+            damping=schedule(0.3, 2, 0.9),
+            use_ema=True,
+            gradient_accumulation_steps=2,
+        )
+
+    model = compiled(optimizer=optimizer())
+    fit(model, 2)
+    # At its end, `fit` overwrites the weights by their average: four epochs are other ones.
+    resumed = by_keras_file(model, tmp_path)
+    fit(model, 4, first=2)
+    fit(resumed, 4, first=2)
+    assert_same_state(resumed, model)
+
+
+def test_state_of_an_optimizer_before_its_first_step(tmp_path):
+    model = compiled()
+    model.save_weights(tmp_path / "model.weights.h5")
+    fresh = compiled(optimizer=keras_kfc.KFC(seed=1))
+    fresh.optimizer.build(fresh.trainable_variables)
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    assert int(fresh.optimizer._draw_seed) == SEED
+
+
+def test_state_of_another_optimizer_is_skipped_with_a_warning(tmp_path):
+    model = compiled(optimizer="adam")
+    fit(model, 1)
+    model.save_weights(tmp_path / "adam.weights.h5")
+    fresh = compiled()
+    fresh.optimizer.build(fresh.trainable_variables)
+    with pytest.warns(UserWarning, match="another optimizer"):
+        fresh.load_weights(tmp_path / "adam.weights.h5")
+    assert int(fresh.optimizer.iterations) == 0
+    np.testing.assert_array_equal(nets.flat_weights(fresh), nets.flat_weights(model))
+    fit(fresh, 1)
+    fresh.save_weights(tmp_path / "kfc.weights.h5")
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        model.load_weights(tmp_path / "kfc.weights.h5")
+
+
+def test_state_of_other_settings_is_refused_and_changes_nothing(tmp_path):
+    model = compiled()
+    fit(model, 1)
+    model.save_weights(tmp_path / "model.weights.h5")
+    fresh = compiled(optimizer=default_optimizer(max_factor_dim=32))
+    fresh.optimizer.build(fresh.trainable_variables)
+    before = [variable.numpy() for variable in fresh.optimizer.variables]
+    with pytest.raises(ValueError, match=r"shape .* for layer .*dense"):
+        fresh.optimizer.load_own_variables(stored_state(model.optimizer))
+    for variable, value in zip(fresh.optimizer.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    fresh = compiled(optimizer=default_optimizer(use_ema=True))
+    fresh.optimizer.build(fresh.trainable_variables)
+    with pytest.warns(UserWarning, match="variables and 2 Kronecker blocks"):
+        fresh.load_weights(tmp_path / "model.weights.h5")
+
+
+def stored_state(optimizer):
+    store = {}
+    optimizer.save_own_variables(store)
+    return store
+
+
+def test_state_of_another_network_is_refused():
+    small, other = (
+        keras.Sequential(
+            [keras.Input((4,)), keras_kfc.layers.Dense(units), keras_kfc.layers.Dense(2)]
+        )
+        for units in (3, 5)
+    )
+    for model in (small, other):
+        model.compile(optimizer=default_optimizer(), loss="mse")
+        model.optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match="other layers or settings"):
+        other.optimizer.load_own_variables(stored_state(small.optimizer))
+
+
+def test_clones_are_instrumented_and_independent():
+    model = compiled()
+    fit(model, 1)
+    clone = keras.models.clone_model(model)
+    assert keras_kfc.coverage(clone).covered == keras_kfc.coverage(model).covered
+    assert not set(map(id, clone.variables)) & set(map(id, model.variables))
+    clone.set_weights(model.get_weights())
+    before = nets.flat_weights(model)
+    clone.compile(optimizer=default_optimizer(), loss="sparse_categorical_crossentropy")
+    fit(clone, 1)
+    np.testing.assert_array_equal(nets.flat_weights(model), before)
+    assert len(clone.optimizer.blocks) == 2
+    nested = keras.models.clone_model(keras.Sequential([keras.Input((8, 8, 2)), model]))
+    assert len(keras_kfc.coverage(nested).covered) == 2
+
+
+@pytest.mark.parametrize(
+    "serialise",
+    [
+        lambda model: type(model).from_config(model.get_config()),
+        lambda model: keras.models.model_from_json(model.to_json()),
+    ],
+)
+def test_models_come_back_from_their_configuration(serialise):
+    model = serialise(compiled())
+    assert [path.split("/")[-1] for path in keras_kfc.coverage(model).covered] == ["conv", "dense"]
