@@ -113,7 +113,7 @@ def test_saved_model_is_that_of_the_plain_model(export, models, tmp_path):
 def test_a_model_in_training_mode_would_show(models, tmp_path):
     """Negative control: the counts see an additional operation."""
     plain, other = models["plain"], models["instrumented"]
-    outputs = keras.layers.ReLU()(other.outputs[0])
+    outputs = keras.layers.ReLU(name="additional")(other.outputs[0])
     by_model_export(plain, tmp_path / "plain")
     by_model_export(keras.Model(other.inputs, outputs), tmp_path / "other")
     assert saved_operations(tmp_path / "other") != saved_operations(tmp_path / "plain")

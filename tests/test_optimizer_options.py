@@ -1,0 +1,256 @@
+"""What Keras's optimizers can do, KFC can: "with equals without", or equals the definition."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from keras_kfc import KFC
+from tests import nets
+
+LOSS = "sparse_categorical_crossentropy"
+STEPS = 4
+
+
+def kfc(**kwargs):
+    settings = {"seed": 3, "factor_update_period": 2, "inverse_update_period": 3}
+    return KFC(**{**settings, **kwargs})
+
+
+def net(**options):
+    """Dense layers, one of them without a bias, with options for the first."""
+    keras.backend.clear_session(free_memory=False)
+    keras.utils.set_random_seed(4)
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras_kfc.layers.Dense(5, activation="tanh", name="hidden", **options),
+            keras.layers.LayerNormalization(name="norm"),
+            keras_kfc.layers.Dense(3, activation="softmax", use_bias=False, name="head"),
+        ]
+    )
+
+
+def batches(count=STEPS, size=16):
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 3, size=count * size)
+    centres = rng.normal(size=(3, 6))
+    return (centres[labels] + rng.normal(size=(count * size, 6))).astype("float32"), labels
+
+
+def fitted(optimizer=None, model=None, size=16, epochs=1, **compiled):
+    """The model after some steps."""
+    model = net() if model is None else model
+    model.compile(kfc() if optimizer is None else optimizer, LOSS, **compiled)
+    x, y = batches()
+    model.fit(x, y, batch_size=size, epochs=epochs, shuffle=False, verbose=0)
+    return model
+
+
+def by_hand(optimizer, change=lambda gradients, variables: gradients, penalty=None, size=16):
+    """The weights after the same steps of an eager loop that changes gradients itself."""
+    model = net()
+    optimizer.build(model.trainable_variables)
+    x, y = batches()
+    for start in range(0, len(x), size):
+        images, labels = x[start : start + size], y[start : start + size]
+        with tf.GradientTape() as tape:
+            with keras_kfc.Capture() as capture:
+                outputs = model(images, training=True)
+            value = keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, outputs))
+            value = value if penalty is None else value + penalty(model)
+        variables = model.trainable_variables
+        gradients = change(tape.gradient(value, variables), variables)
+        optimizer.update_factors(capture, LOSS, labels, outputs)
+        optimizer.apply(gradients, variables)
+    return model
+
+
+def assert_equal_weights(model, expected, rtol=1e-4, atol=1e-6):
+    for actual, wanted in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=rtol, atol=atol)
+
+
+def assert_other_weights(model, expected):
+    with pytest.raises(AssertionError):
+        assert_equal_weights(model, expected)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return fitted()
+
+
+def test_the_loop_by_hand_is_what_fit_does(reference):
+    assert_equal_weights(by_hand(kfc()), reference)
+
+
+CLIPPINGS = {
+    "clipnorm": lambda gradients, _: [tf.clip_by_norm(g, 0.05) for g in gradients],
+    "clipvalue": lambda gradients, _: [tf.clip_by_value(g, -0.05, 0.05) for g in gradients],
+    "global_clipnorm": lambda gradients, _: tf.clip_by_global_norm(gradients, 0.05)[0],
+}
+
+
+@pytest.mark.parametrize("name", CLIPPINGS)
+def test_gradients_are_clipped_before_they_are_preconditioned(name, reference):
+    clipped = fitted(kfc(**{name: 0.05}))
+    assert_equal_weights(clipped, by_hand(kfc(), CLIPPINGS[name]))
+    assert_other_weights(clipped, reference)
+
+
+def test_a_wide_clip_changes_nothing(reference):
+    assert_equal_weights(fitted(kfc(global_clipnorm=1e6)), reference)
+
+
+def test_weight_decay_is_decoupled_and_leaves_out_what_is_excluded():
+    """In the first step, decay is the only difference: -learning_rate * decay * w."""
+    start = net().get_weights()
+
+    def after_one_step(**kwargs):
+        optimizer = kfc(**kwargs)
+        if kwargs:
+            optimizer.exclude_from_weight_decay(var_names=["bias", "head"])
+        return fitted(optimizer, size=64).get_weights()
+
+    for before, plain, decayed, name in zip(
+        start,
+        after_one_step(),
+        after_one_step(weight_decay=0.5),
+        [variable.path for variable in net().trainable_variables],
+        strict=True,
+    ):
+        excluded = "bias" in name or "head" in name
+        expected = 0 if excluded else -0.05 * 0.5 * before
+        np.testing.assert_allclose(decayed - plain, expected, atol=1e-6, err_msg=name)
+
+
+def test_exclusion_by_variable_list():
+    model = net()
+    optimizer = kfc(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_list=model.trainable_variables)
+    assert_equal_weights(fitted(optimizer, model), fitted())
+
+
+def test_regularisers_add_to_the_gradient_and_not_to_the_factors(reference):
+    regularised = fitted(model=net(kernel_regularizer=keras.regularizers.L2(0.1)))
+
+    def penalty(model):
+        return 0.1 * tf.reduce_sum(tf.square(model.get_layer("hidden").kernel))
+
+    assert_equal_weights(regularised, by_hand(kfc(), penalty=penalty))
+    assert_other_weights(regularised, reference)
+
+
+def test_constraints_are_applied_after_each_step(reference):
+    constrained = fitted(model=net(kernel_constraint=keras.constraints.MaxNorm(0.5)))
+    norms = np.linalg.norm(constrained.get_layer("hidden").get_weights()[0], axis=0)
+    assert norms.max() < 0.5 + 1e-5
+    assert_other_weights(constrained, reference)
+    wide = fitted(model=net(kernel_constraint=keras.constraints.MaxNorm(100.0)))
+    assert_equal_weights(wide, reference)
+
+
+class Trajectory(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.weights = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.weights.append([np.asarray(v) for v in self.model.trainable_variables])
+
+
+def test_averaged_weights_are_the_moving_average_of_the_trajectory():
+    model = net()
+    model.compile(kfc(), LOSS)
+    trajectory = Trajectory()
+    x, y = batches()
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[trajectory])
+    average = trajectory.weights[0]
+    for weights in trajectory.weights[1:]:
+        average = [0.7 * a + 0.3 * w for a, w in zip(average, weights, strict=True)]
+    averaged = fitted(kfc(use_ema=True, ema_momentum=0.7))
+    for actual, expected in zip(averaged.trainable_variables, average, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    overwritten = fitted(kfc(use_ema=True, ema_momentum=0.7, ema_overwrite_frequency=2))
+    assert_other_weights(overwritten, averaged)
+    assert np.isfinite(nets.flat_weights(overwritten)).all()
+
+
+def factors_on(model, x):
+    return keras_kfc.kronecker_factors(model, x, loss=LOSS, fisher="exact")
+
+
+def test_factors_see_every_micro_batch_of_an_accumulated_step():
+    x, _ = batches()
+    model = net()
+    parts = [factors_on(model, part) for part in np.split(x, 2)]
+    decay = 0.9
+    optimizer = kfc(gradient_accumulation_steps=2, fisher="exact", factor_decay=decay)
+    fitted(optimizer, model, size=32)
+    assert int(optimizer.iterations) == 1
+    for block in optimizer.blocks:
+        first, second = (part[block.path] for part in parts)
+        for name in ("omega", "gamma"):
+            whole = (decay * getattr(first, name) + getattr(second, name)) / (decay + 1)
+            actual = np.asarray(getattr(block, name))[0]
+            np.testing.assert_allclose(actual, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    """With averages that hardly forget, two halves have the factors of the whole."""
+    settings = {"fisher": "exact", "factor_decay": 0.9999, "kl_clip": None}
+    whole = fitted(kfc(**settings), size=32)
+    halves = fitted(kfc(gradient_accumulation_steps=2, **settings), size=16)
+    assert_equal_weights(halves, whole, rtol=2e-3, atol=1e-5)
+    assert_other_weights(halves, fitted(kfc(**settings), size=16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps_per_execution": 3},
+        {"run_eagerly": True},
+        {"jit_compile": False},
+        {"jit_compile": "auto"},
+    ],
+    ids=lambda options: "-".join(map(str, *options.items())),
+)
+def test_ways_to_run_a_step_make_no_difference(options, reference):
+    assert_equal_weights(fitted(**options), reference)
+
+
+def test_xla_makes_no_difference_but_for_its_draws():
+    exact = fitted(kfc(fisher="exact"))
+    assert_equal_weights(fitted(kfc(fisher="exact"), jit_compile=True), exact, rtol=1e-3)
+    combined = fitted(kfc(fisher="exact"), jit_compile=True, steps_per_execution=2)
+    assert_equal_weights(combined, exact, rtol=1e-3)
+
+
+def test_options_together():
+    """Accumulation, clipping, decay, average and XLA in one program, against eager mode."""
+    optimizer = {
+        "gradient_accumulation_steps": 2,
+        "global_clipnorm": 0.3,
+        "weight_decay": 0.01,
+        "use_ema": True,
+        "fisher": "exact",
+    }
+    options = {"jit_compile": True, "steps_per_execution": 2}
+    eager = fitted(kfc(**optimizer), run_eagerly=True)
+    assert_equal_weights(fitted(kfc(**optimizer), **options), eager, rtol=1e-3)
+
+
+def test_schedules_of_learning_rate_and_damping_follow_the_iterations(reference):
+    constant = keras.optimizers.schedules.PiecewiseConstantDecay
+    same = kfc(learning_rate=constant([2], [0.05, 0.05]), damping=constant([2], [0.2, 0.2]))
+    assert_equal_weights(fitted(same), reference)
+    stopped = kfc(learning_rate=constant([1], [0.05, 0.0]), momentum=0.0)
+    one_step = net()
+    one_step.compile(kfc(momentum=0.0), LOSS)
+    x, y = batches()
+    one_step.fit(x[:32], y[:32], batch_size=16, shuffle=False, verbose=0)
+    assert_equal_weights(fitted(stopped), one_step)
+    damped = kfc(damping=constant([0], [0.2, 5.0]))
+    assert_other_weights(fitted(damped), reference)
