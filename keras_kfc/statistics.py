@@ -156,9 +156,12 @@ def ordinary_gammas(
     Returns:
         `{key: gamma}`, for layers that the backward pass reached.
     """
+
+    def unscaled(gamma: tf.Tensor) -> tf.Tensor:
+        return tf.cast(scale, gamma.dtype) ** 2 * gamma
+
     return {
-        key: tf.cast(scale, tf.float32) ** 2
-        * partitions[key].gamma(sample.take(record.ordinary_derivatives)[0])
+        key: unscaled(partitions[key].gamma(sample.take(record.ordinary_derivatives)[0]))
         for key, record in capture.records.items()
         if key in partitions and record.ordinary_derivatives
     }

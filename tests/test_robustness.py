@@ -7,7 +7,7 @@ import tensorflow as tf
 from nets import conv_net, conv_stack, flat_weights, image_batch
 
 import keras_kfc
-from conftest import naive_gamma, relative_error
+from conftest import relative_error
 
 
 def compiled(model=None, loss="sparse_categorical_crossentropy", **options):
@@ -275,47 +275,6 @@ def test_two_models_with_optimizers_of_their_own():
         model.train_on_batch(*image_batch(seed=seed))
         other.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
     assert relative_error(flat_weights(model), flat_weights(alone)) < 1e-6
-
-
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_factors_are_float32_and_right_in_mixed_precision(policy):
-    reference = compiled(fisher="exact")
-    reference.train_on_batch(*image_batch())
-    keras.config.set_dtype_policy(policy)
-    model = compiled(fisher="exact")
-    images, labels = image_batch()
-    # The first steps of loss scaling may overflow; those are skipped as a whole.
-    model.train_on_batch(images, labels)
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    for block, expected in zip(optimizer.blocks, reference.optimizer.blocks, strict=True):
-        assert block.omega.dtype == block.gamma.dtype == "float32"
-        assert relative_error(block.omega, expected.omega) < 0.02
-        assert relative_error(block.gamma, expected.gamma) < 0.02
-
-
-def test_ordinary_backward_pass_is_unscaled_in_mixed_precision():
-    """The fallback to the empirical Fisher knows the loss scale."""
-
-    class OwnLoss(keras.Sequential):
-        def train_step(self, data):
-            x, y, _ = data
-            with tf.GradientTape() as tape:
-                outputs = self(x, training=True)
-                loss = self.optimizer.scale_loss(
-                    tf.reduce_mean(tf.square(tf.cast(outputs, "float32") - y))
-                )
-            gradients = tape.gradient(loss, self.trainable_variables)
-            self.optimizer.apply(gradients, self.trainable_variables)
-            return {"loss": loss}
-
-    keras.config.set_dtype_policy("mixed_float16")
-    model = compiled(OwnLoss([keras.Input((3,)), keras_kfc.layers.Dense(2)]), "mse")
-    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float16")
-    y = 0.1 * np.random.default_rng(1).normal(size=(16, 2)).astype("float32")
-    residual = model.predict(x, verbose=0).astype("float64") - y
-    model.train_on_batch(x, y)
-    (block,) = model.optimizer.inner_optimizer.blocks
-    assert relative_error(block.gamma[0], naive_gamma((2 / 2 * residual)[:, None, :])) < 0.02
 
 
 def test_layers_out_of_reach_say_what_to_do():

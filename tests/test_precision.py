@@ -1,0 +1,160 @@
+"""Dtype policies: statistics are right whatever the loss scale, and an overflow leaves no trace."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from keras_kfc import KFC
+from tests import nets
+from tests.conftest import naive_gamma, relative_error
+
+LOSS = "sparse_categorical_crossentropy"
+
+
+def compiled(optimizer=None, policy="float32", **kwargs):
+    keras.backend.clear_session(free_memory=False)
+    keras.config.set_dtype_policy(policy)
+    model = nets.conv_net(batch_norm=False)
+    # Other policies draw other initial weights.
+    rng = np.random.default_rng(2)
+    model.set_weights([0.1 * rng.normal(size=w.shape) for w in model.get_weights()])
+    optimizer = KFC(fisher="exact") if optimizer is None else optimizer
+    model.compile(optimizer, LOSS, **kwargs)
+    return model
+
+
+def kfc_of(model):
+    return getattr(model.optimizer, "inner_optimizer", model.optimizer)
+
+
+def assert_factors_equal(optimizer, expected, tolerance):
+    for block, other in zip(optimizer.blocks, expected.blocks, strict=True):
+        assert relative_error(block.omega, other.omega) < tolerance
+        assert relative_error(block.gamma, other.gamma) < tolerance
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """After one step in float32."""
+    model = compiled()
+    model.train_on_batch(*nets.image_batch())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("policy", "tolerance"), [("mixed_float16", 0.02), ("mixed_bfloat16", 0.02), ("float64", 1e-5)]
+)
+def test_factors_are_those_of_float32(policy, tolerance, reference):
+    model = compiled(policy=policy)
+    model.train_on_batch(*nets.image_batch())
+    assert_factors_equal(kfc_of(model), reference.optimizer, tolerance)
+    expected = "float64" if policy == "float64" else "float32"
+    for block in kfc_of(model).blocks:
+        assert block.omega.dtype == block.gamma_inverse.dtype == expected
+
+
+def test_layers_choose_their_own_policy(reference):
+    """One layer in float64 in a float32 model: its block is float64, and the factors right."""
+    inputs = keras.Input((8, 8, 2))
+    hidden = keras_kfc.layers.Conv2D(4, 3, strides=2, padding="same", dtype="float64")(inputs)
+    hidden = keras.layers.Flatten()(keras.layers.ReLU()(hidden))
+    mixed = keras.Model(inputs, keras_kfc.layers.Dense(3, activation="softmax")(hidden))
+    mixed.set_weights(compiled().get_weights())
+    mixed.compile(KFC(fisher="exact"), LOSS)
+    mixed.train_on_batch(*nets.image_batch())
+    assert [block.omega.dtype for block in mixed.optimizer.blocks] == ["float64", "float32"]
+    assert_factors_equal(mixed.optimizer, reference.optimizer, 1e-4)
+
+
+@pytest.mark.parametrize("initial_scale", [1.0, 2.0**12])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_the_loss_scale_does_not_reach_the_factors(initial_scale, fisher):
+    expected = compiled(KFC(fisher=fisher))
+    expected.train_on_batch(*nets.image_batch())
+    optimizer = keras.optimizers.LossScaleOptimizer(KFC(fisher=fisher), initial_scale=initial_scale)
+    model = compiled(optimizer, "mixed_float16")
+    model.train_on_batch(*nets.image_batch())
+    assert float(model.optimizer.dynamic_scale) == initial_scale
+    assert_factors_equal(kfc_of(model), expected.optimizer, 0.02)
+
+
+class OwnLoss(keras.Sequential):
+    """A train step that never calls the compiled loss, as plain models may have."""
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            outputs = self(x, training=True)
+            loss = tf.reduce_mean(tf.square(tf.cast(outputs, tf.float32) - y))
+            scaled = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("policy", "scale", "tolerance"),
+    [
+        ("float32", None, 1e-5),
+        ("mixed_float16", 1.0, 0.02),
+        ("mixed_float16", 2.0**12, 0.02),
+        ("mixed_bfloat16", None, 0.02),
+        ("float64", None, 1e-5),
+    ],
+)
+def test_the_ordinary_backward_pass_is_unscaled(policy, scale, tolerance):
+    """The empirical Fisher matrix of a custom loss knows what the loss was multiplied by."""
+    keras.config.set_dtype_policy(policy)
+    model = OwnLoss([keras.Input((3,)), keras_kfc.layers.Dense(2)])
+    optimizer = KFC()
+    if scale is not None:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=scale)
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    y = 0.1 * np.random.default_rng(1).normal(size=(16, 2)).astype("float32")
+    residual = model.predict(x, verbose=0).astype("float64") - y
+    model.train_on_batch(x, y)
+    (block,) = kfc_of(model).blocks
+    # The mean over two outputs of squared residuals: derivative 2/2 of each residual.
+    assert relative_error(block.gamma[0], naive_gamma(residual[:, None, :])) < tolerance
+
+
+def test_a_constant_loss_scale_factor_is_divided_out():
+    expected, scaled = (KFC(fisher="empirical", loss_scale_factor=f) for f in (None, 2.0**10))
+    for optimizer in (expected, scaled):
+        model = compiled(optimizer)
+        for _ in range(3):
+            model.train_on_batch(*nets.image_batch())
+    assert_factors_equal(scaled, expected, 1e-4)
+
+
+def test_an_overflowing_step_leaves_no_trace(reference):
+    optimizer = keras.optimizers.LossScaleOptimizer(KFC(fisher="exact"), initial_scale=2.0**60)
+    model = compiled(optimizer, "mixed_float16")
+    inner = kfc_of(model)
+    optimizer.build(model.trainable_variables)
+    before = [v.numpy() for v in [*model.trainable_variables, *inner.variables]]
+    model.train_on_batch(*nets.image_batch())
+    assert float(optimizer.dynamic_scale) == 2.0**59
+    for variable, value in zip([*model.trainable_variables, *inner.variables], before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value, err_msg=variable.path)
+    # The first step that does not overflow is the first step.
+    optimizer.dynamic_scale.assign(2.0**10)
+    model.train_on_batch(*nets.image_batch())
+    assert int(inner.iterations) == 1
+    assert_factors_equal(inner, reference.optimizer, 0.02)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_training_arrives_where_float32_does(policy):
+    losses = {}
+    for name in ("float32", policy):
+        model = compiled(policy=name, jit_compile=policy == "mixed_float16")
+        history = model.fit(*nets.image_batch(96), epochs=4, verbose=0, shuffle=False)
+        losses[name] = history.history["loss"]
+    assert losses[policy][-1] < losses[policy][0] / 2
+    np.testing.assert_allclose(
+        losses[policy], losses["float32"], rtol=1e-4 if policy == "float64" else 0.1
+    )
