@@ -2,8 +2,10 @@
 
 from keras_kfc import (
     _backend,  # noqa: F401  (first: it checks the Keras backend)
+    callbacks,
     layers,
     patches,
+    pictures,
 )
 from keras_kfc.capture import Capture
 from keras_kfc.curvature import KroneckerFactors, kronecker_factors
@@ -21,10 +23,12 @@ __all__ = [
     "KroneckerFactors",
     "Model",
     "Sequential",
+    "callbacks",
     "coverage",
     "instrument",
     "kronecker_factors",
     "layers",
     "patches",
+    "pictures",
     "strip",
 ]

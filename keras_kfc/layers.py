@@ -7,6 +7,7 @@ learns which variables form a block.
 """
 
 import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -148,3 +149,20 @@ def layer_of(variable: Any) -> Any:
     """The instrumented layer that a variable is the kernel of, or None."""
     reference = getattr(variable, "kronecker_layer", None)
     return None if reference is None else reference()
+
+
+def blocks_among(variables: Sequence[Any]) -> Iterator[tuple[int, Any, int | None]]:
+    """The Kronecker blocks that a list of trainable variables gives.
+
+    Args:
+        variables: The variables.
+
+    Yields:
+        The index of a kernel, its layer, and the index of the layer's bias, or None if no
+        bias is among the variables.
+    """
+    indices = {id(variable): index for index, variable in enumerate(variables)}
+    for index, variable in enumerate(variables):
+        layer = layer_of(variable)
+        if layer is not None:
+            yield index, layer, None if layer.bias is None else indices.get(id(layer.bias))

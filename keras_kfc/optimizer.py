@@ -21,6 +21,7 @@ from keras_kfc.arguments import (
 )
 from keras_kfc.derivatives import FISHERS
 from keras_kfc.factor_updates import FactorUpdates
+from keras_kfc.memory import memory_of
 from keras_kfc.preconditioner import Preconditioner
 
 
@@ -225,6 +226,7 @@ class KFC(FactorUpdates):
         self._noticed = False
         self._built_now = False
         self._stored = None
+        self.watched_steps = None
         self._before_build = frozenset()
 
     def _counter(self, name: str, initial: int = 0) -> keras.Variable:
@@ -278,13 +280,7 @@ class KFC(FactorUpdates):
             return
         self._before_build = frozenset(map(id, self._variables))
         super().build(variables)
-        indices = self._trainable_variables_indices
-        self._preconditioner = Preconditioner(
-            variables,
-            lambda variable: indices.get(self._var_key(variable)),
-            self.add_variable,
-            self.max_factor_dim,
-        )
+        self._preconditioner = Preconditioner(variables, self.add_variable, self.max_factor_dim)
         for block in self.blocks:
             variables[block.kernel].kronecker_owner = weakref.ref(self)
         covered = self._preconditioner.covered
@@ -296,6 +292,37 @@ class KFC(FactorUpdates):
             for index, variable in enumerate(variables)
         )
         self._take_waiting_state()
+
+    def memory_usage(self, variables=None):
+        """Tells what factors, inverses and momenta take, layer by layer.
+
+        Args:
+            variables: The trainable variables of the model, while the optimizer is
+                not built; nothing is made or built for them.
+
+        Returns:
+            A `MemoryUsage`, which prints as a table, with its `entries` and `total` in bytes.
+
+        Raises:
+            ValueError: If the optimizer is not built and no variables are given.
+
+        Example:
+
+        >>> model = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])
+        >>> usage = keras_kfc.KFC().memory_usage(model.trainable_variables)
+        >>> usage.entries[0].omega, usage.entries[0].inverses
+        ((1, 4, 4), 80)
+        """
+        if self.built:
+            variables = self._trainable_variables
+        elif variables is None:
+            raise ValueError(
+                "Argument `variables` is needed before the optimizer is built, for example "
+                "`optimizer.memory_usage(model.trainable_variables)`. Received: variables=None"
+            )
+        copies = int(self.use_ema) + bool(self.gradient_accumulation_steps)
+        own = (v for v in self.variables if not self.built or id(v) in self._before_build)
+        return memory_of(list(variables), self.max_factor_dim, copies, own)
 
     def get_config(self):
         """Configuration from which `from_config` makes an equal optimizer."""

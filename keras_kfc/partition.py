@@ -14,6 +14,7 @@ matrix of a layer `(G, n, m)` as in `keras_kfc.factors`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -165,3 +166,12 @@ def partition_of(geometry: Geometry, use_bias: bool, max_dim: int | None) -> Par
     if isinstance(geometry, ConvGeometry) and geometry.groups > 1:
         input_parts = next(p for p in range(input_parts, channels + 1) if channels % p == 0)
     return Partition(geometry, use_bias, input_parts, output_parts)
+
+
+def factor_dtype(kernel: Any) -> str:
+    """Dtype of a layer's factors, at least float32: that of their sums over many positions.
+
+    Args:
+        kernel: The layer's kernel variable.
+    """
+    return "float64" if kernel.dtype == "float64" else "float32"

@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_kfc.blocks import KroneckerBlock, all_finite
 from keras_kfc.capture import Capture
-from keras_kfc.layers import layer_of
+from keras_kfc.layers import blocks_among, layer_of
 from keras_kfc.linalg import invert_blocks
-from keras_kfc.partition import Partition, partition_of
+from keras_kfc.memory import bytes_text
+from keras_kfc.partition import Partition, factor_dtype, partition_of
 from keras_kfc.statistics import ExampleSample, batch_omegas
 
 _logger = logging.getLogger("keras_kfc")
@@ -24,7 +24,6 @@ class Preconditioner:
         variables: The optimizer's trainable variables. Each that is the kernel
             of an instrumented layer starts a block, with the layer's bias in it
             if that is among the variables.
-        index_of: Function from a variable to its index, or None if unknown.
         add_variable: The optimizer's `add_variable`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks,
             or None.
@@ -36,7 +35,6 @@ class Preconditioner:
     def __init__(
         self,
         variables: Sequence[keras.Variable],
-        index_of: Callable[[Any], int | None],
         add_variable: Callable[..., keras.Variable],
         max_factor_dim: int | None = None,
     ):
@@ -44,17 +42,14 @@ class Preconditioner:
         self._block_of_kernel: dict[int, KroneckerBlock] = {}
         self._captured: set[int] = set()
         self._kernels: dict[int, keras.Variable] = {}
-        for index, variable in enumerate(variables):
-            layer = layer_of(variable)
-            if layer is None:
-                continue
-            bias = None if layer.bias is None else index_of(layer.bias)
+        for index, layer, bias in blocks_among(variables):
+            variable = variables[index]
             block = KroneckerBlock(
                 layer.path,
                 partition_of(layer.kronecker_geometry, bias is not None, max_factor_dim),
                 kernel=index,
                 bias=bias,
-                dtype="float64" if variable.dtype == "float64" else "float32",
+                dtype=factor_dtype(variable),
                 add_variable=add_variable,
             )
             self.blocks.append(block)
@@ -237,8 +232,4 @@ def _tell_cuts(blocks, max_factor_dim):
 
 def _costs_text(shape):
     count, rows, _ = shape
-    return f"{_bytes_text(8 * count * rows**2)}, {count * rows**3:.1e} products"
-
-
-def _bytes_text(count):
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    return f"{bytes_text(8 * count * rows**2)}, {count * rows**3:.1e} products"

@@ -6,6 +6,7 @@ from keras_kfc.blocks import all_finite
 from keras_kfc.fallback import adam_step, bias_corrections
 from keras_kfc.preconditioner import Preconditioner
 from keras_kfc.resume import ResumableOptimizer
+from keras_kfc.telemetry import StepTelemetry
 
 
 class PreconditionedStep(ResumableOptimizer):
@@ -13,6 +14,19 @@ class PreconditionedStep(ResumableOptimizer):
 
     _preconditioner: Preconditioner
     _built_now: bool
+    # Sums over steps, where somebody watches; see `keras_kfc.callbacks.CurvatureMonitor`.
+    watched_steps: StepTelemetry | None
+
+    def watch_steps(self) -> bool:
+        """Lets train steps that are traced from now on add to `watched_steps`.
+
+        Returns:
+            Whether nobody had asked for it before.
+        """
+        if self.watched_steps is not None:
+            return False
+        self.watched_steps = StepTelemetry()
+        return True
 
     def _apply_weight_decay(self, variables):
         """Does nothing: decay belongs to the update, which broken gradients skip."""
@@ -44,15 +58,23 @@ class PreconditionedStep(ResumableOptimizer):
 
         def update():
             decay(trainable_variables)
-            scale = -learning_rate * self._trust(learning_rate**2 * quadratic)
+            trust_scale = self._trust(learning_rate**2 * quadratic)
+            scale = -learning_rate * trust_scale
             corrections = bias_corrections(self.iterations + 1)
             fallback_rate = self.fallback_lr_ratio * learning_rate
+            changes = []
             for index, variable in variables.items():
                 if index in directions:
-                    self._momentum_step(index, variable, scale, directions[index])
+                    change = self._momentum_change(index, variable, scale, directions[index])
                 else:
                     gradient = tf.cast(gradients[index], variable.dtype)
-                    self._fallback_step(index, variable, gradient, corrections, fallback_rate)
+                    change = self._fallback_change(
+                        index, variable, gradient, corrections, fallback_rate
+                    )
+                self.assign_add(variable, change)
+                changes.append(change)
+            if self.watched_steps is not None:
+                self.watched_steps.observe(trust_scale, list(gradients.values()), changes)
             return True
 
         def skip():
@@ -99,18 +121,20 @@ class PreconditionedStep(ResumableOptimizer):
             bound *= tf.where(seen, unit, 1.0)
         return tf.minimum(1.0, tf.sqrt(tf.math.divide_no_nan(bound, tf.maximum(quadratic, 0.0))))
 
-    def _momentum_step(self, index, variable, scale, direction):
+    def _momentum_change(self, index, variable, scale, direction):
+        """Moves the momentum of a variable with a block, and tells the variable's change."""
         momentum = self._momentums[index]
         step = tf.cast(tf.cast(scale, direction.dtype) * direction, variable.dtype)
         velocity = self.momentum * momentum + step
         self.assign(momentum, velocity)
-        self.assign_add(variable, self.momentum * velocity + step if self.nesterov else velocity)
+        return self.momentum * velocity + step if self.nesterov else velocity
 
-    def _fallback_step(self, index, variable, gradient, corrections, learning_rate):
+    def _fallback_change(self, index, variable, gradient, corrections, learning_rate):
+        """Moves the moments of any other variable, and tells the variable's change."""
         first, second = self._momentums[index], self._second_moments[index]
         update, new_first, new_second = adam_step(
             gradient, first.value, second.value, corrections, learning_rate
         )
         self.assign(first, new_first)
         self.assign(second, new_second)
-        self.assign_add(variable, update)
+        return update

@@ -177,8 +177,8 @@ def test_wide_layers_train_in_parts_and_are_told_with_figures(caplog):
     assert int(optimizer.skipped_inverse_updates) == 0
     (message,) = [r.getMessage() for r in caplog.records if "max_factor_dim" in r.getMessage()]
     assert "max_factor_dim=30 rows" in message
-    assert "sequential/conv: input factor of 55 rows (0.0 MiB, 1.7e+05 products)" in message
-    assert "now 2 blocks of 28 rows (0.0 MiB, 4.4e+04 products)" in message
+    assert "sequential/conv: input factor of 55 rows (23.6 KiB, 1.7e+05 products)" in message
+    assert "now 2 blocks of 28 rows (12.2 KiB, 4.4e+04 products)" in message
 
 
 def test_a_limit_that_no_factor_reaches_changes_nothing(caplog):

@@ -1,0 +1,186 @@
+"""Telemetry says what happened: every logged number against one computed by hand."""
+
+import csv
+import io
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from keras_kfc import KFC
+from keras_kfc.callbacks import CurvatureMonitor
+from tests import nets
+
+LOSS = "sparse_categorical_crossentropy"
+
+
+def compiled(optimizer=None, **kwargs):
+    keras.backend.clear_session(free_memory=False)
+    model = nets.conv_net()
+    model.compile(KFC(seed=3) if optimizer is None else optimizer, LOSS, **kwargs)
+    return model
+
+
+def fit(model, epochs=2, **kwargs):
+    images, labels = nets.image_batch(36)
+    settings = {"batch_size": 12, "shuffle": False, "verbose": 0, **kwargs}
+    return model.fit(images, labels, epochs=epochs, **settings)
+
+
+class Steps(keras.callbacks.Callback):
+    """The weights after every step."""
+
+    def on_train_begin(self, logs=None):
+        self.weights = [self.now()]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.weights.append(self.now())
+
+    def now(self):
+        return np.concatenate([v.numpy().ravel() for v in self.model.trainable_variables])
+
+
+def test_watching_changes_nothing():
+    plain, watched = compiled(), compiled()
+    fit(plain)
+    fit(watched, callbacks=[CurvatureMonitor("extremes")])
+    np.testing.assert_allclose(nets.flat_weights(watched), nets.flat_weights(plain), rtol=1e-5)
+    names = [[v.name for v in model.optimizer.variables] for model in (plain, watched)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}])
+def test_norm_of_the_update_is_that_of_the_change_of_the_weights(options):
+    model, steps = compiled(**options), Steps()
+    history = fit(model, epochs=3, callbacks=[steps, CurvatureMonitor("none")]).history
+    lengths = np.linalg.norm(np.diff(steps.weights, axis=0), axis=1).reshape(3, 3)
+    np.testing.assert_allclose(history["update_norm"], lengths.mean(1), rtol=1e-3)
+
+
+def test_norm_of_the_gradient_is_that_of_the_gradients():
+    model = compiled(KFC(learning_rate=1e-12, fallback_lr_ratio=0.0))
+    images, labels = nets.image_batch(36)
+    norms = []
+    for start in (0, 12, 24):
+        with tf.GradientTape() as tape:
+            outputs = model(images[start : start + 12], training=True)
+            losses = keras.losses.sparse_categorical_crossentropy(
+                labels[start : start + 12], outputs
+            )
+            loss = tf.reduce_mean(losses)
+        norms.append(float(tf.linalg.global_norm(tape.gradient(loss, model.trainable_variables))))
+    history = fit(model, epochs=1, callbacks=[CurvatureMonitor("none")]).history
+    assert history["gradient_norm"][0] == pytest.approx(np.mean(norms), rel=1e-4)
+
+
+def test_trust_scale_is_the_share_of_the_step_that_is_taken():
+    """Without momentum, a bounded step is the free step times the trust scale."""
+
+    def first_step(kl_clip):
+        optimizer = KFC(momentum=0.0, fisher="exact", kl_clip=kl_clip, fallback_lr_ratio=0.0)
+        model = compiled(optimizer)
+        history = fit(model, epochs=1, batch_size=36, callbacks=[CurvatureMonitor("none")]).history
+        return history["update_norm"][0], history["trust_scale"][0]
+
+    (free, whole), (bounded, scale) = first_step(None), first_step(1e-5)
+    assert whole == 1
+    assert 0 < scale < 0.5
+    assert bounded / free == pytest.approx(scale, rel=1e-4)
+
+
+def test_spectra_are_those_of_the_factors():
+    model = compiled()
+    history = fit(model, callbacks=[CurvatureMonitor("extremes")]).history
+    for block in model.optimizer.blocks:
+        for name in ("omega", "gamma"):
+            factor = np.asarray(getattr(block, name), "float64")[0]
+            inverse = np.asarray(getattr(block, f"{name}_inverse"), "float64")[0]
+            key = f"{block.path}/{name}"
+            eigenvalues = np.sort(np.linalg.eig(factor)[0].real)
+            largest = history[f"{key}_max"][-1]
+            assert largest == pytest.approx(eigenvalues[-1], rel=1e-5)
+            assert history[f"{key}_min"][-1] == pytest.approx(eigenvalues[0], abs=1e-5 * largest)
+            singular = np.linalg.svd(inverse, compute_uv=False)
+            expected = singular[0] / singular[-1]
+            assert history[f"{key}_condition"][-1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_condition_is_that_of_the_damped_factor():
+    """More damping, better condition: the trace of damping in the log."""
+    conditions = []
+    for damping in (1e-3, 10.0):
+        history = fit(
+            compiled(KFC(damping=damping, seed=3)), callbacks=[CurvatureMonitor()]
+        ).history
+        conditions.append([v[-1] for name, v in history.items() if name.endswith("_condition")])
+        assert history["damping"][-1] == pytest.approx(damping)
+    for little, much in zip(*conditions, strict=True):
+        assert little > 1.5 * much
+    assert len(conditions[0]) == 4
+
+
+def test_logs_reach_history_progress_bar_csv_and_tensorboard(tmp_path, capsys):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([2], [0.2, 0.4])
+    model = compiled(KFC(damping=schedule, learning_rate=0.02))
+    callbacks = [
+        CurvatureMonitor(),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        keras.callbacks.TensorBoard(tmp_path / "board"),
+    ]
+    history = fit(model, verbose=2, callbacks=callbacks).history
+    assert history["damping"] == pytest.approx([0.4, 0.4])
+    assert history["learning_rate"] == pytest.approx([0.02, 0.02])
+    assert history["skipped_steps"] == [0, 0]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "log.csv").read_text())))
+    for name in ("trust_scale", "gradient_norm", "update_norm", "sequential/conv/omega_condition"):
+        assert [float(row[name]) for row in rows] == pytest.approx(history[name])
+        assert name in capsys.readouterr().out or name != "trust_scale"
+    (events,) = (tmp_path / "board" / "train").glob("events*")
+    tags = {
+        value.tag
+        for event in tf.compat.v1.train.summary_iterator(str(events))
+        for value in event.summary.value
+    }
+    assert {"epoch_trust_scale", "epoch_sequential/conv/omega_condition"} <= tags
+
+
+def test_skipped_steps_are_counted_and_do_not_enter_the_means():
+    model = compiled()
+    images, labels = nets.image_batch(36)
+    images[3] = np.nan
+    history = model.fit(
+        images, labels, batch_size=12, shuffle=False, verbose=0, callbacks=[CurvatureMonitor()]
+    ).history
+    assert history["skipped_steps"] == [1]
+    assert np.isfinite(history["update_norm"][0])
+
+
+def test_a_monitor_may_come_late_and_go_again():
+    model = compiled()
+    fit(model, epochs=1)
+    history = fit(model, epochs=1, callbacks=[CurvatureMonitor()]).history
+    assert history["update_norm"][0] > 0
+    fit(model, epochs=1)
+    again = fit(model, epochs=1, callbacks=[CurvatureMonitor("none")]).history
+    assert again["update_norm"][0] > 0 and again["update_norm"] != history["update_norm"]
+
+
+def test_monitor_under_loss_scaling_and_accumulation():
+    keras.config.set_dtype_policy("mixed_float16")
+    model = compiled(KFC(gradient_accumulation_steps=3), steps_per_execution=2)
+    history = fit(model, epochs=4, callbacks=[CurvatureMonitor()]).history
+    assert np.isfinite(history["update_norm"][-1]) and history["update_norm"][-1] > 0
+
+
+def test_other_optimizers_and_bad_arguments_are_refused(tmp_path):
+    model = compiled("adam")
+    for callback in (CurvatureMonitor(), keras_kfc.callbacks.FactorPictures(tmp_path)):
+        with pytest.raises(ValueError, match=r"compiled with `keras_kfc.KFC`.*Received"):
+            fit(model, callbacks=[callback])
+    with pytest.raises(ValueError, match=r"`spectrum` must be one of.*Received: spectrum='all'"):
+        CurvatureMonitor("all")
+    for every, error in ((0, ValueError), ("often", TypeError)):
+        with pytest.raises(error, match="`every`"):
+            keras_kfc.callbacks.FactorPictures(tmp_path, every=every)

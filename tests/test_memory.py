@@ -1,0 +1,59 @@
+"""Memory usage is what the variables really take, before and after they exist."""
+
+import keras
+import pytest
+
+import keras_kfc
+from keras_kfc import KFC
+from tests import nets
+
+
+def really_taken(optimizer):
+    return sum(variable.numpy().nbytes for variable in optimizer.variables)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_ema": True, "gradient_accumulation_steps": 2}, {"max_factor_dim": 20}],
+    ids=["plain", "copies", "cut"],
+)
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16", "float64"])
+def test_total_is_the_size_of_all_variables(options, policy):
+    keras.config.set_dtype_policy(policy)
+    model = nets.conv_net()
+    optimizer = KFC(**options)
+    planned = optimizer.memory_usage(model.trainable_variables)
+    optimizer.build(model.trainable_variables)
+    usage = optimizer.memory_usage()
+    assert planned.total == usage.total == really_taken(optimizer)
+    assert planned.entries == usage.entries
+
+
+def test_each_layer_has_its_dimensions_and_sizes():
+    model = nets.conv_net()
+    usage = KFC().memory_usage(model.trainable_variables)
+    conv, dense, norm = usage.entries
+    assert (conv.path, conv.omega, conv.gamma) == ("sequential/conv", (1, 19, 19), (1, 4, 4))
+    assert (dense.omega, dense.gamma) == ((1, 65, 65), (1, 3, 3))
+    assert conv.inverses == 4 * (19**2 + 4**2)
+    assert conv.momenta == 4 * (3 * 3 * 2 * 4 + 4)
+    assert norm.omega is None and norm.inverses == 0 and norm.momenta == 2 * 4 * 8
+    text = str(usage)
+    for part in ("sequential/conv", "19 x 19", "65 x 65", "sequential/norm", "none", "altogether"):
+        assert part in text
+
+
+def test_a_wide_network_is_told_before_it_is_built():
+    """The dense layers of a VGG: 25,089 rows would take gigabytes, which nobody allocates here."""
+    model = keras.Sequential([keras.Input((64,)), keras_kfc.layers.Dense(100)])
+    wide = keras.Sequential([keras.Input((25_088,)), keras_kfc.layers.Dense(10)])
+    usage = KFC(max_factor_dim=None).memory_usage(wide.trainable_variables)
+    assert usage.total > 5e9
+    assert "4.7 GiB" in str(usage)
+    assert KFC().memory_usage(wide.trainable_variables).total < 6e8
+    assert KFC().memory_usage(model.trainable_variables).total < 2e5
+
+
+def test_an_optimizer_without_variables_says_what_it_needs():
+    with pytest.raises(ValueError, match=r"`variables` is needed.*Received: variables=None"):
+        KFC().memory_usage()
