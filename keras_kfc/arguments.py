@@ -7,9 +7,11 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+_LARGEST = 3e38
+
 
 def check_number(
-    name: str, value: Any, low: float, high: float = math.inf, exclude_low: bool = False
+    name: str, value: Any, low: float, high: float = _LARGEST, exclude_low: bool = False
 ) -> float:
     """Requires a real number in `[low, high)`, or in `(low, high)`.
 
@@ -17,7 +19,7 @@ def check_number(
         name: The argument's name, for the message.
         value: What was received.
         low: Lower bound.
-        high: Upper bound, never included.
+        high: Upper bound, never included. Defaults to what float32 can hold.
         exclude_low: Whether `low` itself is refused.
 
     Returns:
@@ -27,11 +29,15 @@ def check_number(
         TypeError: If `value` is not a real number.
         ValueError: If it is out of range or NaN.
     """
-    expected = f"a number in {'(' if exclude_low else '['}{low}, {high})"
-    number = None
+    expected = f"a number in {'(' if exclude_low else '['}{low:g}, {high:g})"
+    number: float | None = None
     if not isinstance(value, (bool, str, bytes)):
-        with contextlib.suppress(TypeError, ValueError):
+        try:
             number = float(value)
+        except OverflowError:
+            number = math.inf
+        except (TypeError, ValueError):
+            number = None
     if number is None:
         raise TypeError(f"Argument `{name}` must be {expected}. Received: {name}={value!r}")
     if not low <= number < high or (exclude_low and number == low):

@@ -10,7 +10,7 @@ from keras_kfc.arguments import check_choice, check_positive_integer
 from keras_kfc.pending import kronecker_optimizer
 from keras_kfc.pictures import draw_factors, require_matplotlib
 
-_SPECTRA = ("condition", "extremes", "none")
+SPECTRA = ("condition", "extremes", "none")
 
 
 class CurvatureMonitor(keras.callbacks.Callback):
@@ -31,9 +31,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
       inverted, over all of its blocks. With `spectrum="extremes"` also `_max` and `_min`, the
       extreme eigenvalues of the factor without damping. NaN before there are any.
 
-    The numbers of each step are two norms in the train step, which takes about 1 %
-    longer. A condition number costs one eigenvalue decomposition on the host for each factor and
-    epoch, the extremes another: for n rows about `n³` products, half a second at n = 1,000.
+    The numbers of each step cost two norms in the train step, about 1 % of its time. A condition
+    number costs one eigenvalue decomposition on the host for each factor and epoch, the extremes
+    another: for n rows about `n³` products, a tenth of a second at n = 1,000.
+    `python -m benchmarks.monitor` measures both.
 
     Args:
         spectrum: `"condition"`, `"extremes"`, or `"none"` for no numbers of single
@@ -56,7 +57,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
 
     def __init__(self, spectrum: str = "condition"):
         super().__init__()
-        self.spectrum = check_choice("spectrum", spectrum, _SPECTRA)
+        self.spectrum = check_choice("spectrum", spectrum, SPECTRA)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Lets the optimizer note its steps."""

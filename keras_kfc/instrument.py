@@ -10,6 +10,7 @@ import io
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 from rich.console import Console
@@ -149,8 +150,12 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
     _require_model(model)
     if isinstance(exclude, str):
         exclude = [exclude]
-    names = list(exclude) if isinstance(exclude, Iterable) else None
-    if names is None or not all(isinstance(name, str) for name in names):
+    names: list[Any]
+    try:
+        names = list(exclude)
+    except TypeError:
+        names = [exclude]
+    if not all(isinstance(name, str) for name in names):
         raise TypeError(
             "Argument `exclude` must be an iterable of names or paths of layers. "
             f"Received: exclude={exclude!r} of type {type(exclude).__name__}"
