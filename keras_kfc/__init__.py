@@ -8,8 +8,9 @@ from keras_kfc import (
     pictures,
 )
 from keras_kfc.capture import Capture
+from keras_kfc.coverage_report import Coverage
 from keras_kfc.curvature import KroneckerFactors, kronecker_factors
-from keras_kfc.instrument import Coverage, coverage, instrument, strip
+from keras_kfc.instrument import coverage, instrument, strip
 from keras_kfc.models import Functional, Model, Sequential
 from keras_kfc.optimizer import KFC
 

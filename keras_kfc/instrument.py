@@ -5,90 +5,29 @@ names, configuration and the graph of a functional model stay as they are.
 """
 
 import contextlib
-import dataclasses
-import io
 import logging
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
-from rich.console import Console
-from rich.table import Table
 
-from keras_kfc import layers
-from keras_kfc.layers import KroneckerLayer, is_marked, mark_kernel, unmark_kernel
+from keras_kfc.coverage_report import Coverage, LayerCoverage
+from keras_kfc.layers import (
+    INSTRUMENTED,
+    KroneckerLayer,
+    instrument_layer,
+    is_marked,
+    mark_kernel,
+    strip_layer,
+    unmark_kernel,
+)
 from keras_kfc.pending import kronecker_optimizer, unwatch_loss
 
 _logger = logging.getLogger("keras_kfc")
 
-_INSTRUMENTED = {keras.layers.Conv2D: layers.Conv2D, keras.layers.Dense: layers.Dense}
-_PLAIN = {instrumented: plain for plain, instrumented in _INSTRUMENTED.items()}
 # These call their children inside a loop of their own, out of a capture's reach.
 _LOOPING = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCoverage:
-    """How KFC trains one layer.
-
-    Args:
-        path: The layer's path.
-        kind: Name of its class.
-        parameters: Number of its trainable parameters, or None if it is not built.
-        covered: Whether it has a Kronecker block.
-        reason: Why not, or an empty string.
-    """
-
-    path: str
-    kind: str
-    parameters: int | None
-    covered: bool
-    reason: str
-
-
-class Coverage:
-    """Which layers of a model have a Kronecker block; prints as a table.
-
-    Args:
-        entries: One `LayerCoverage` for each layer with trainable weights.
-
-    Attributes:
-        entries: As given.
-    """
-
-    def __init__(self, entries: Iterable[LayerCoverage]):
-        self.entries = tuple(entries)
-
-    @property
-    def covered(self) -> list[str]:
-        """Paths of the layers that have a Kronecker block."""
-        return [entry.path for entry in self.entries if entry.covered]
-
-    @property
-    def fallback(self) -> dict[str, str]:
-        """Paths of the layers that the fallback rule trains, with the reason."""
-        return {entry.path: entry.reason for entry in self.entries if not entry.covered}
-
-    def __str__(self) -> str:
-        table = Table(title="KFC coverage")
-        for heading in ("layer", "class", "parameters", "trained by"):
-            table.add_column(heading, justify="right" if heading == "parameters" else "left")
-        for entry in self.entries:
-            count = "?" if entry.parameters is None else f"{entry.parameters:,}"
-            rule = "Kronecker block" if entry.covered else f"fallback rule: {entry.reason}"
-            table.add_row(entry.path, entry.kind, count, rule)
-        sizes = [(entry.covered, entry.parameters or 0) for entry in self.entries]
-        share = sum(size for covered, size in sizes if covered) / max(1, sum(s for _, s in sizes))
-        table.caption = (
-            f"{len(self.covered)} of {len(self.entries)} layers and {share:.1%} of the parameters "
-            "have a Kronecker block"
-        )
-        output = io.StringIO()
-        Console(file=output, width=140).print(table)
-        return output.getvalue().rstrip()
-
-    __repr__ = __str__
 
 
 def instrument(
@@ -179,10 +118,8 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
         if id(layer) in left_out or reason:
             if strip_layer(layer):
                 changed.append(layer)
-        elif type(layer) in _INSTRUMENTED:
-            layer.__class__ = _INSTRUMENTED[type(layer)]
-            if layer.built:
-                mark_kernel(layer)
+        elif type(layer) in INSTRUMENTED:
+            instrument_layer(layer)
             changed.append(layer)
         elif isinstance(layer, KroneckerLayer) and layer.built and not is_marked(layer):
             mark_kernel(layer)
@@ -213,7 +150,9 @@ def instrumented(model: keras.Model) -> Iterator[None]:
             if isinstance(layer, KroneckerLayer) and is_marked(layer) and not marked:
                 unmark_kernel(layer)
             if type(layer) is not kind:
-                layer.__class__ = kind
+                strip_layer(layer)
+                if type(layer) is not kind:
+                    instrument_layer(layer)
             if marked and not is_marked(layer):
                 mark_kernel(layer)
 
@@ -240,28 +179,6 @@ def strip(model: keras.Model) -> keras.Model:
         _forget_traces(model)
     unwatch_loss(model)
     return model
-
-
-def strip_layer(layer: keras.Layer) -> bool:
-    """Takes one layer's block away, and gives it Keras's own class back.
-
-    A subclass of a capturing layer keeps its class.
-
-    Args:
-        layer: Any layer.
-
-    Returns:
-        Whether anything changed.
-    """
-    if not isinstance(layer, KroneckerLayer):
-        return False
-    changed = is_marked(layer)
-    if changed:
-        unmark_kernel(layer)
-    if type(layer) in _PLAIN:
-        layer.__class__ = _PLAIN[type(layer)]
-        changed = True
-    return changed
 
 
 def coverage(model: keras.Model) -> Coverage:
@@ -299,9 +216,9 @@ def _reason_without_block(layer):
         if not is_marked(layer):
             return "excluded"
         return "" if layer.kronecker_kernel.trainable else "its kernel is frozen"
-    if type(layer) in _INSTRUMENTED:
+    if type(layer) in INSTRUMENTED:
         return "not instrumented (call keras_kfc.instrument)"
-    if isinstance(layer, tuple(_INSTRUMENTED)):
+    if isinstance(layer, tuple(INSTRUMENTED)):
         return "a subclass may compute something else"
     return "no block for this class"
 
@@ -318,7 +235,8 @@ def _layers_of(model):
     for layer in model._flatten_layers(include_self=False):
         if id(layer) not in seen:
             seen.add(id(layer))
-            found.append((layer, looping.get(id(layer), "")))
+            quantised = "quantised" if layer.quantization_mode else ""
+            found.append((layer, looping.get(id(layer), quantised)))
     return found
 
 

@@ -6,6 +6,7 @@ and their kernel variable carries a reference to them, from which the optimizer
 learns which variables form a block.
 """
 
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,12 +23,14 @@ class KroneckerLayer:
     """What instrumented layers share."""
 
     built: bool
+    quantization_mode: str | None
 
     # Not `build`: Keras wraps that method of each instance, so that one which an
     # unbuilt layer gets with its new class would never run.
     def _post_build(self) -> None:
         super()._post_build()  # type: ignore[misc]
-        mark_kernel(self)
+        if self.quantization_mode is None:
+            mark_kernel(self)
 
     @property
     def kronecker_kernel(self) -> keras.Variable:
@@ -38,6 +41,15 @@ class KroneckerLayer:
     def kronecker_geometry(self) -> Geometry:
         """How the layer's tensors map to Kronecker factors."""
         raise AttributeError(f"{type(self).__name__} does not define its geometry")
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Becomes Keras's own layer and is quantised as that, out of the optimizer's sight."""
+        strip_layer(self)
+        kind = type(self)
+        if isinstance(self, KroneckerLayer):
+            # A subclass keeps its class, and Keras refuses it.
+            kind = next(base for base in kind.__mro__ if base in INSTRUMENTED)
+        kind.quantize(self, *args, **kwargs)
 
     def _observe(self, inputs: tf.Tensor, pre_activation: tf.Tensor) -> tf.Tensor:
         if not tf.is_tensor(pre_activation):
@@ -127,6 +139,11 @@ class Dense(KroneckerLayer, keras.layers.Dense):
         return outputs if self.activation is None else self.activation(outputs)
 
 
+# The classes that `keras_kfc.instrument` changes, and what it changes them to.
+INSTRUMENTED: dict[type, type] = {keras.layers.Conv2D: Conv2D, keras.layers.Dense: Dense}
+_PLAIN = {instrumented: plain for plain, instrumented in INSTRUMENTED.items()}
+
+
 def mark_kernel(layer: Any) -> None:
     """Lets a built layer's kernel variable refer to the layer."""
     layer.kronecker_kernel.kronecker_layer = weakref.ref(layer)
@@ -149,6 +166,50 @@ def layer_of(variable: Any) -> Any:
     """The instrumented layer that a variable is the kernel of, or None."""
     reference = getattr(variable, "kronecker_layer", None)
     return None if reference is None else reference()
+
+
+def instrument_layer(layer: Any) -> None:
+    """Gives one of Keras's layers its capturing subclass.
+
+    Args:
+        layer: A layer of a class in `INSTRUMENTED`.
+    """
+    layer.__class__ = INSTRUMENTED[type(layer)]
+    if layer.built:
+        mark_kernel(layer)
+    # Keras binds this method to each instance, as it does with `build`: that of the
+    # class would never run.
+    layer.quantize = functools.partial(_strip_and_quantize, layer, layer.quantize)
+
+
+def strip_layer(layer: Any) -> bool:
+    """Takes one layer's block away, and gives it Keras's own class back.
+
+    A subclass of a capturing layer keeps its class.
+
+    Args:
+        layer: Any layer.
+
+    Returns:
+        Whether anything changed.
+    """
+    if not isinstance(layer, KroneckerLayer):
+        return False
+    changed = is_marked(layer)
+    if changed:
+        unmark_kernel(layer)
+    if type(layer) in _PLAIN:
+        layer.__class__ = _PLAIN[type(layer)]
+        changed = True
+        bound: Any = vars(layer)["quantize"]
+        if getattr(bound, "func", None) is _strip_and_quantize:
+            vars(layer)["quantize"] = bound.args[1]
+    return changed
+
+
+def _strip_and_quantize(layer, quantize, *args, **kwargs):
+    strip_layer(layer)
+    quantize(*args, **kwargs)
 
 
 def blocks_among(variables: Sequence[Any]) -> Iterator[tuple[int, Any, int | None]]:

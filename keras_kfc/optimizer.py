@@ -98,7 +98,7 @@ class KFC(FactorUpdates):
         fallback_lr_ratio: Learning rate of the fallback rule over
             `learning_rate`. Defaults to `0.05`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
-        name: Name of the optimizer.
+        name: Name of the optimizer. Defaults to `"kfc"`, with a number where that is taken.
         weight_decay: Float. If set, weight decay is applied, decoupled from the gradient.
         clipnorm: Float. If set, the gradient of each weight is clipped to this norm.
         clipvalue: Float. If set, gradients are clipped to be no higher than this value.
@@ -170,7 +170,7 @@ class KFC(FactorUpdates):
         ema_overwrite_frequency=None,
         loss_scale_factor=None,
         gradient_accumulation_steps=None,
-        name="kfc",
+        name=None,
         **kwargs,
     ):
         base = {
