@@ -147,7 +147,7 @@ def fits(network):
     return True
 
 
-@settings(fuzz, max_examples=40)
+@settings(fuzz, max_examples=25)
 @given(networks(), optimizers(), batches)
 def test_training_survives_what_sgd_survives(network, arguments, drawn):
     assume(fits(network))

@@ -263,20 +263,6 @@ def test_second_compile_starts_afresh():
     assert np.isfinite(flat_weights(model)).all()
 
 
-def test_two_models_with_optimizers_of_their_own():
-    alone = compiled()
-    for seed in range(3):
-        alone.train_on_batch(*image_batch(seed=seed))
-    model, other = (
-        compiled(),
-        compiled(keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), "mse"),
-    )
-    for seed in range(3):
-        model.train_on_batch(*image_batch(seed=seed))
-        other.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
-    assert relative_error(flat_weights(model), flat_weights(alone)) < 1e-6
-
-
 def test_layers_out_of_reach_say_what_to_do():
     class Looping(keras.Model):
         def __init__(self):
