@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfc.partition import Partition
+from keras_kfc.replicas import copies_of
 
 
 class KroneckerBlock:
@@ -87,6 +88,28 @@ class KroneckerBlock:
             average.assign_add(tf.where(usable, change, tf.zeros((), change.dtype)))
         self.weight.assign(tf.where(usable, weight, self.weight))
         return ~usable
+
+    def has_data(self) -> tf.Tensor:
+        """Whether the factors hold anything on any replica, a boolean scalar."""
+        return tf.reduce_any([weight > 0 for weight in copies_of(self.weight)])
+
+    def average_over_replicas(self) -> None:
+        """Gives all replicas the average of their factors; in cross-replica context.
+
+        Each replica counts with its weight: one that has left out batches has seen less.
+        """
+        weights = [tf.convert_to_tensor(weight) for weight in copies_of(self.weight)]
+        total = tf.add_n(weights)
+        for factor in (self.omega, self.gamma):
+            copies = copies_of(factor)
+            average = tf.add_n(
+                [
+                    tf.math.divide_no_nan(weight, total) * copy
+                    for weight, copy in zip(weights, copies, strict=True)
+                ]
+            )
+            factor.value.assign(average)
+        self.weight.value.assign(tf.reduce_max(weights))
 
     def store_inverses(self, omega_inverse: tf.Tensor, gamma_inverse: tf.Tensor) -> tf.Tensor:
         """Takes over new inverses, or keeps the last good ones.

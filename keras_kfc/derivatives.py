@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_kfc.likelihood import distribution_of
 from keras_kfc.losses import LossTerm, element_coefficients
 from keras_kfc.patches import at_least_float32
+from keras_kfc.replicas import count_replicas
 
 FISHERS = ("sampled", "empirical", "exact")
 
@@ -63,7 +64,8 @@ class EmpiricalDerivatives:
         if weights.shape.rank:
             weights = tf.reshape(weights, (tf.shape(weights)[0], -1))
             weights = examples * tf.reduce_sum(weights, axis=1)
-        loss_weight = 1.0 if term.loss_weight is None else term.loss_weight
+        # Keras divides each replica's loss by their number.
+        loss_weight = count_replicas() * (1.0 if term.loss_weight is None else term.loss_weight)
         scale = examples * tf.math.divide_no_nan(
             tf.cast(loss_weight, weights.dtype), tf.sqrt(weights)
         )

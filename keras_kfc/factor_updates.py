@@ -9,6 +9,7 @@ from keras_kfc.capture import Capture
 from keras_kfc.derivatives import output_derivatives
 from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.pending import kronecker_optimizer, take_pending
+from keras_kfc.replicas import count_replicas, replica_number, sum_over_replicas
 from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ordinary_gammas
 from keras_kfc.step import PreconditionedStep
 
@@ -72,7 +73,8 @@ class FactorUpdates(PreconditionedStep):
 
     def _step_seed(self):
         """Two integers for the random numbers of this step."""
-        return tf.stack([tf.cast(self._draw_seed, tf.int64), tf.cast(self._iterations, tf.int64)])
+        seed = tf.cast(self._draw_seed, tf.int64) + (replica_number() << 48)
+        return tf.stack([seed, tf.cast(self._iterations, tf.int64)])
 
     def _accumulate(self, capture, batch_size, gammas):
         preconditioner = self._preconditioner
@@ -91,7 +93,9 @@ class FactorUpdates(PreconditionedStep):
         tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
 
     def _observe_loss(self, value):
-        value = tf.abs(tf.cast(value, tf.float32))
+        # Keras divides each replica's loss by their number.
+        (value,) = sum_over_replicas([tf.cast(value, tf.float32)])
+        value = tf.abs(value)
         rate = tf.where(tf.math.is_finite(value), 1 - _LOSS_DECAY, 0.0)
         value = tf.where(tf.math.is_finite(value), value, 0.0)
         self._loss_average.assign_add(rate * (value - self._loss_average))
@@ -154,4 +158,4 @@ class FactorUpdates(PreconditionedStep):
             )
         if outer is not None and outer is not self and kronecker_optimizer(outer) is self:
             scale *= tf.cast(outer.dynamic_scale, tf.float32)
-        return scale
+        return scale / count_replicas()

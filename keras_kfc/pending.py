@@ -3,12 +3,13 @@
 A model whose optimizer has Kronecker factors opens one at the first
 instrumented layer of a training pass and closes it when it computes its
 compiled loss, which notes what it was called with. The capture is then pending
-until the optimizer takes it, when it applies the gradients.
+until the optimizer takes it, when it applies the gradients. Each replica of a
+`tf.distribute` strategy has its own; replicas are traced as interleaved threads,
+not always the same ones in the forward pass and for the optimizer.
 """
 
 import dataclasses
 import logging
-import threading
 import weakref
 from typing import Any
 
@@ -17,6 +18,7 @@ from keras.src.backend.common.global_state import get_global_attribute
 from tensorflow.python.eager import record as tape_record
 
 from keras_kfc.capture import Capture, LossEvaluation, innermost_capture
+from keras_kfc.replicas import replica_number
 
 _logger = logging.getLogger("keras_kfc")
 
@@ -44,7 +46,7 @@ def active_capture(layer: Any) -> Capture | None:
         return None
     if getattr(context, "training", None) is False:
         return None
-    pending = _pending.captures.get(optimizer)
+    pending = _pending_of(optimizer).get(replica_number())
     if pending is not None and pending.capture.is_open:
         same_pass = pending.context is context
         # Several forward passes before one loss are one pass in a graph. In
@@ -69,7 +71,7 @@ def active_capture(layer: Any) -> Capture | None:
             "`update_factors` in the train step.",
             type(model).__name__,
         )
-    _pending.captures[optimizer] = _Pending(context, capture)
+    _pending_of(optimizer)[replica_number()] = _Pending(context, capture)
     return capture
 
 
@@ -79,7 +81,7 @@ def take_pending(optimizer: Any) -> Capture | None:
     Args:
         optimizer: The optimizer with Kronecker factors.
     """
-    pending = _pending.captures.pop(optimizer, None)
+    pending = _pending_of(optimizer).pop(replica_number(), None)
     if pending is None:
         return None
     pending.capture.close()
@@ -111,7 +113,7 @@ def watch_loss(model: Any) -> None:
     def call(y_true, y_pred, sample_weight=None):
         value = original(y_true, y_pred, sample_weight)
         optimizer = kronecker_optimizer(model.optimizer)
-        pending = None if optimizer is None else _pending.captures.get(optimizer)
+        pending = None if optimizer is None else _pending_of(optimizer).get(replica_number())
         if pending is not None and pending.capture.is_open:
             pending.capture.close()
             pending.capture.loss = LossEvaluation(compiled, y_true, y_pred, sample_weight, value)
@@ -133,9 +135,9 @@ class _Pending:
     capture: Capture
 
 
-class _PendingCaptures(threading.local):
-    def __init__(self) -> None:
-        self.captures: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
+# By optimizer and number of the replica.
+_pending: weakref.WeakKeyDictionary[Any, dict[int, _Pending]] = weakref.WeakKeyDictionary()
 
 
-_pending = _PendingCaptures()
+def _pending_of(optimizer: Any) -> dict[int, _Pending]:
+    return _pending.setdefault(optimizer, {})

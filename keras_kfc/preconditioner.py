@@ -119,7 +119,7 @@ class Preconditioner:
     def missing_inverses(self) -> tf.Tensor:
         """Whether any block has factors but no inverses yet, a boolean scalar."""
         return tf.reduce_any(
-            [(block.weight > 0) & tf.equal(block.inverted, 0) for block in self.blocks]
+            [block.has_data() & tf.equal(block.inverted, 0) for block in self.blocks]
         )
 
     def refresh_inverses(self, damping: tf.Tensor, relative: bool) -> tf.Tensor:

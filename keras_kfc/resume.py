@@ -18,6 +18,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_kfc.replicas import count_replicas
+
 _LAYOUT = "layout"
 
 
@@ -51,6 +53,10 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         Args:
             store: Keras's store, a mapping from names to arrays.
         """
+        # Of several replicas, the copies of the first are stored. Averaging now or when
+        # inverses are due comes to the same.
+        with self._distribution_strategy.scope():
+            self._average_over_replicas()
         super().save_own_variables(store)
         layout = {"built": self.built, "blocks": self._block_layout()}
         store[_LAYOUT] = np.frombuffer(json.dumps(layout).encode(), "uint8")
@@ -145,6 +151,11 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         with tf.init_scope():
             for variable, array in zip(variables, stored.arrays, strict=True):
                 variable.assign(array)
+
+    def _average_over_replicas(self) -> None:
+        if count_replicas() > 1:
+            for block in self.blocks:
+                block.average_over_replicas()
 
     def _block_layout(self) -> list[list[Any]]:
         return [

@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras_kfc.blocks import all_finite
 from keras_kfc.fallback import adam_step, bias_corrections
 from keras_kfc.preconditioner import Preconditioner
+from keras_kfc.replicas import in_cross_replica_context, sum_over_replicas
 from keras_kfc.resume import ResumableOptimizer
 from keras_kfc.telemetry import StepTelemetry
 
@@ -32,17 +33,12 @@ class PreconditionedStep(ResumableOptimizer):
         """Does nothing: decay belongs to the update, which broken gradients skip."""
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError(
-                "KFC does not support several replicas yet. Received: a strategy with "
-                f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas"
-            )
         variables = {self._get_variable_index(v): v for v in trainable_variables}
         gradients = {
             index: tf.convert_to_tensor(gradient)
-            for index, gradient in zip(variables, grads, strict=True)
+            for index, gradient in zip(variables, sum_over_replicas(grads), strict=True)
         }
-        self._refresh_inverses()
+        in_cross_replica_context(self._refresh_inverses)
         directions = self._preconditioner.directions(gradients, first=self._built_now)
         quadratic = tf.add_n(
             [tf.zeros(())]
@@ -54,10 +50,8 @@ class PreconditionedStep(ResumableOptimizer):
         usable = all_finite([quadratic, *gradients.values()])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
-        decay = super()._apply_weight_decay
-
         def update():
-            decay(trainable_variables)
+            self._decay_weights(trainable_variables, learning_rate)
             trust_scale = self._trust(learning_rate**2 * quadratic)
             scale = -learning_rate * trust_scale
             corrections = bias_corrections(self.iterations + 1)
@@ -83,12 +77,22 @@ class PreconditionedStep(ResumableOptimizer):
 
         tf.cond(usable, update, skip)
 
+    def _decay_weights(self, variables, learning_rate):
+        # Not by Keras's own method, which no strategy can call inside of a condition.
+        if self.weight_decay is not None:
+            for variable in variables:
+                # Names are those of TensorFlow's variables, which hold the layer's, too.
+                if self._use_weight_decay(getattr(variable, "value", variable)):
+                    rate = tf.cast(self.weight_decay * learning_rate, variable.dtype)
+                    self.assign_add(variable, -rate * variable)
+
     def _refresh_inverses(self):
         preconditioner = self._preconditioner
         if not preconditioner.blocks:
             return
 
         def refresh():
+            self._average_over_replicas()
             refused = preconditioner.refresh_inverses(
                 tf.cast(self.damping, tf.float32), self.scale_free
             )

@@ -1,0 +1,181 @@
+"""Two replicas of a `MirroredStrategy` train as one device does, on two logical processors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# Runs one case with one replica and with two, and prints the largest differences.
+SCRIPT = '''
+import json
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+(processor,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(processor, 2 * [tf.config.LogicalDeviceConfiguration()])
+
+import keras_kfc
+from keras_kfc import KFC
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(48, 6)).astype("float32")
+y = rng.integers(0, 3, size=48)
+PERIODS = {"factor_update_period": 3, "inverse_update_period": 4, "seed": 3}
+
+
+def two_replicas():
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+class OwnLoss(keras.Sequential):
+    """Never calls the compiled loss."""
+
+    def train_step(self, data):
+        inputs, labels = data
+        with tf.GradientTape() as tape:
+            outputs = self(inputs, training=True)
+            losses = keras.losses.sparse_categorical_crossentropy(labels, outputs)
+            loss = tf.reduce_mean(losses) / tf.distribute.get_strategy().num_replicas_in_sync
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def compiled(strategy, optimizer, policy="float32", kind=keras.Sequential, **kwargs):
+    keras.backend.clear_session()
+    keras.config.set_dtype_policy(policy)
+    keras.utils.set_random_seed(1)
+    with strategy.scope():
+        model = kind(
+            [
+                keras.Input((6,)),
+                keras_kfc.layers.Dense(5, activation="tanh"),
+                keras.layers.LayerNormalization(),
+                keras_kfc.layers.Dense(3, activation="softmax"),
+            ]
+        )
+        model.compile(optimizer(), "sparse_categorical_crossentropy", **kwargs)
+    return model
+
+
+def fit(model, epochs, first=0, **kwargs):
+    settings = {"batch_size": 16, "shuffle": False, "verbose": 0, "initial_epoch": first, **kwargs}
+    return model.fit(x, y, epochs=epochs, **settings)
+
+
+def difference(one, two):
+    return max(
+        float(np.abs(np.asarray(a, "float64") - np.asarray(b, "float64")).max())
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def against_one_device(optimizer, **options):
+    results = []
+    for strategy in (tf.distribute.get_strategy(), two_replicas()):
+        model = compiled(strategy, optimizer, **options)
+        monitor = keras_kfc.callbacks.CurvatureMonitor("none")
+        history = fit(model, 3, callbacks=[monitor])
+        numbers = [np.array(history.history[name]) for name in ("update_norm", "gradient_norm")]
+        # The state that would be saved: factors averaged over the replicas.
+        store = {}
+        getattr(model.optimizer, "inner_optimizer", model.optimizer).save_own_variables(store)
+        results.append(model.get_weights() + numbers + list(store.values()))
+    return difference(*results)
+
+
+def options():
+    return against_one_device(
+        lambda: KFC(
+            **PERIODS, fisher="exact", weight_decay=0.1, use_ema=True, momentum=0.5
+        )
+    )
+
+
+def mixed_float16():
+    return against_one_device(lambda: KFC(**PERIODS, fisher="exact"), policy="mixed_float16")
+
+
+def empirical():
+    return against_one_device(lambda: KFC(**PERIODS, fisher="empirical"), run_eagerly=True)
+
+
+def own_loss():
+    return against_one_device(lambda: KFC(**PERIODS, kl_clip=None), kind=OwnLoss)
+
+
+def resumed():
+    """Sampled targets; two epochs, saved, and two more, against four."""
+    strategy = two_replicas()
+    whole = compiled(strategy, lambda: KFC(**PERIODS))
+    fit(whole, 4)
+    part = compiled(strategy, lambda: KFC(**PERIODS))
+    fit(part, 2)
+    part.save(sys.argv[2])
+    with strategy.scope():
+        loaded = keras.saving.load_model(sys.argv[2])
+    fit(loaded, 4, first=2)
+    return difference(whole.get_weights(), loaded.get_weights())
+
+
+def draws():
+    """Replicas with equal examples draw different targets."""
+    strategy = two_replicas()
+    settings = {"factor_update_period": 1, "inverse_update_period": 100, "factor_decay": 0.0}
+    model = compiled(strategy, lambda: KFC(seed=3, **settings))
+    half = (x[:8], y[:8])
+    # In the fourth step no inverses are due, and the copies stay apart.
+    for _ in range(4):
+        model.train_on_batch(*(np.concatenate([part, part]) for part in half))
+    gamma = model.optimizer.blocks[1].gamma.value
+    return difference(*([copy] for copy in strategy.experimental_local_results(gamma)))
+
+
+def refused():
+    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"], "CPU:0")
+    try:
+        fit(compiled(strategy, KFC), 1)
+    except ValueError as error:
+        return str(error)
+
+
+print(json.dumps(globals()[sys.argv[1]]()))
+'''
+
+
+def result_of(case, tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-c", SCRIPT, case, str(tmp_path / "model.keras")],
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "tolerance"),
+    [
+        ("options", 1e-4),
+        ("mixed_float16", 2e-2),
+        ("empirical", 1e-4),
+        ("own_loss", 1e-4),
+        ("resumed", 1e-5),
+    ],
+)
+def test_two_replicas_train_as_one_device(case, tolerance, tmp_path):
+    assert result_of(case, tmp_path) < tolerance
+
+
+def test_replicas_draw_targets_of_their_own(tmp_path):
+    assert result_of("draws", tmp_path) > 1e-3
+
+
+def test_other_strategies_with_several_replicas_are_refused(tmp_path):
+    message = result_of("refused", tmp_path)
+    assert "`tf.distribute.MirroredStrategy` only" in message
+    assert "2 replicas" in message
