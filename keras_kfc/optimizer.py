@@ -103,9 +103,11 @@ class KFC(FactorUpdates):
         clipnorm: Float. If set, the gradient of each weight is clipped to this norm.
         clipvalue: Float. If set, gradients are clipped to be no higher than this value.
         global_clipnorm: Float. If set, all gradients are clipped to this joint norm.
-        use_ema: Whether to keep a moving average of the weights (the paper evaluates
-            with one whose time constant is about an epoch). Defaults to `False`.
-        ema_momentum: Float, decay of that average. Defaults to `0.99`.
+        use_ema: Whether to keep a moving average of the weights, which replaces them when
+            `fit` ends, as the paper evaluates. Defaults to `False`.
+        ema_momentum: Float, decay of that average, which forgets within
+            `1 / (1 - ema_momentum)` steps. The paper's lasts about an epoch:
+            `1 - 1 / steps_per_epoch`. Defaults to `0.99`.
         ema_overwrite_frequency: Integer or None. If set, the weights are overwritten
             by their average every so many steps.
         loss_scale_factor: Float or None. Factor that the loss was multiplied by, to
@@ -209,7 +211,7 @@ class KFC(FactorUpdates):
         self.max_factor_dim = max_factor_dim
         self.fallback_lr_ratio = check_number("fallback_lr_ratio", fallback_lr_ratio, 0)
         self.seed = check_seed(seed)
-        self._damping: Any = None
+        self._damping = None
         if not isinstance(damping, keras.optimizers.schedules.LearningRateSchedule):
             check_number("damping", damping, 0)
         self.damping = damping
@@ -232,38 +234,6 @@ class KFC(FactorUpdates):
     def _counter(self, name: str, initial: int = 0) -> keras.Variable:
         initializer = keras.initializers.Constant(initial)
         return self.add_variable((), initializer=initializer, dtype="int64", name=name)
-
-    @property
-    def damping(self):
-        """Damping now: a variable, or the value of its schedule."""
-        if isinstance(self._damping, keras.optimizers.schedules.LearningRateSchedule):
-            return self._damping(self.iterations)
-        return self._damping
-
-    @damping.setter
-    def damping(self, damping):
-        schedule = keras.optimizers.schedules.LearningRateSchedule
-        if isinstance(damping, schedule):
-            if isinstance(self._damping, keras.Variable):
-                self._untrack_variable(self._damping)
-            self._damping = damping
-            return
-        if isinstance(self._damping, schedule):
-            raise TypeError(
-                "This optimizer was created with a `LearningRateSchedule` object as its "
-                "`damping`, hence its damping is not settable. Create the optimizer with a "
-                "float `damping` instead."
-            )
-        value = check_number("damping", damping, 0)
-        if self._damping is None:
-            self._damping = self.add_variable(
-                (),
-                initializer=keras.initializers.Constant(value),
-                name="damping",
-                aggregation="only_first_replica",
-            )
-        else:
-            self._damping.assign(value)
 
     @property
     def blocks(self):

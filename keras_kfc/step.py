@@ -1,7 +1,11 @@
 """One step of the optimizer, given its factors: inverses, directions, trust region, momentum."""
 
+from typing import Any
+
+import keras
 import tensorflow as tf
 
+from keras_kfc.arguments import check_number
 from keras_kfc.blocks import all_finite
 from keras_kfc.fallback import adam_step, bias_corrections
 from keras_kfc.preconditioner import Preconditioner
@@ -15,8 +19,42 @@ class PreconditionedStep(ResumableOptimizer):
 
     _preconditioner: Preconditioner
     _built_now: bool
+    # A variable, a schedule, or None before there is any.
+    _damping: Any
     # Sums over steps, where somebody watches; see `keras_kfc.callbacks.CurvatureMonitor`.
     watched_steps: StepTelemetry | None
+
+    @property
+    def damping(self):
+        """Damping now: a variable, or the value of its schedule."""
+        if isinstance(self._damping, keras.optimizers.schedules.LearningRateSchedule):
+            return self._damping(self.iterations)
+        return self._damping
+
+    @damping.setter
+    def damping(self, damping):
+        schedule = keras.optimizers.schedules.LearningRateSchedule
+        if isinstance(damping, schedule):
+            if isinstance(self._damping, keras.Variable):
+                self._untrack_variable(self._damping)
+            self._damping = damping
+            return
+        if isinstance(self._damping, schedule):
+            raise TypeError(
+                "This optimizer was created with a `LearningRateSchedule` object as its "
+                "`damping`, hence its damping is not settable. Create the optimizer with a "
+                "float `damping` instead."
+            )
+        value = check_number("damping", damping, 0)
+        if self._damping is None:
+            self._damping = self.add_variable(
+                (),
+                initializer=keras.initializers.Constant(value),
+                name="damping",
+                aggregation="only_first_replica",
+            )
+        else:
+            self._damping.assign(value)
 
     def watch_steps(self) -> bool:
         """Lets train steps that are traced from now on add to `watched_steps`.

@@ -64,10 +64,11 @@ def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "saved_models" / "readme" / "saved_model.pb").is_file()
+    assert len(list((tmp_path / "factors").rglob("*.png"))) == 2
     batch = names["images"][:64], names["labels"][:64]
     losses = [float(names["train_step"](*batch)) for _ in range(20)]
     assert losses[-1] < 0.1 * losses[0]
@@ -91,3 +92,18 @@ def test_files_and_commands_that_the_readme_names_exist():
             assert (ROOT / path).is_file(), path
     for argument in re.findall(r"`(\w+)` times that", README):
         assert argument in keras_kfc.KFC().get_config()
+
+
+def test_the_support_table_names_tests_that_exist():
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in (ROOT / "docs" / "support.md").read_text().splitlines()
+        if line.startswith("| ") and "---" not in line and "| feature |" not in line
+    ]
+    assert len(rows) > 30
+    for row in rows:
+        assert len(row) == 4, row
+        for module in re.findall(r"`(\w+)`", row[3]):
+            assert (ROOT / "tests" / f"{module}.py").is_file(), module
+        if row[1] == "yes":
+            assert row[3], row

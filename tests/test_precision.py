@@ -158,3 +158,42 @@ def test_training_arrives_where_float32_does(policy):
     np.testing.assert_allclose(
         losses[policy], losses["float32"], rtol=1e-4 if policy == "float64" else 0.1
     )
+
+
+@pytest.mark.parametrize(
+    ("built", "message"),
+    [(True, "cannot tell the loss scale.*"), (False, "call the model itself.*")],
+)
+def test_parts_of_a_float16_model_say_what_to_do(built, message):
+    """There nobody can tell what the loss was multiplied by."""
+
+    class Wrapper(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.part = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
+
+        def call(self, inputs):
+            return self.part(inputs)
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(y - tf.cast(self.part(x), tf.float32)))
+                scaled = self.optimizer.scale_loss(loss)
+            gradients = tape.gradient(scaled, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = Wrapper(), np.ones((8, 4), "float32")
+    model(x)
+    model.compile(KFC(), "mse")
+    if built:
+        model.optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match=message + "`keras_kfc.Capture"):
+        model.fit(x, np.ones((8, 2)), verbose=0)
+    # A second call of the same, with the whole model, trains.
+    model.optimizer = keras.optimizers.LossScaleOptimizer(KFC(), initial_scale=2.0)
+    model.train_step = keras.Model.train_step.__get__(model)
+    model.train_function = None
+    assert np.isfinite(model.fit(x, np.ones((8, 2)), verbose=0).history["loss"][0])

@@ -143,6 +143,23 @@ def refused():
         return str(error)
 
 
+def stock_keras():
+    """What Keras's own Adam cannot do with two replicas, either."""
+    failures = {}
+    for name, arguments, options in (
+        ("gradient_accumulation_steps", {"gradient_accumulation_steps": 2}, {}),
+        ("ema_overwrite_frequency", {"use_ema": True, "ema_overwrite_frequency": 2}, {}),
+        # Last, because it leaves the process unable to reduce anything.
+        ("steps_per_execution", {}, {"steps_per_execution": 2}),
+    ):
+        adam = lambda: keras.optimizers.Adam(**arguments)
+        try:
+            fit(compiled(two_replicas(), adam, **options), 2)
+        except Exception as error:
+            failures[name] = type(error).__name__
+    return failures
+
+
 print(json.dumps(globals()[sys.argv[1]]()))
 '''
 
@@ -179,3 +196,12 @@ def test_other_strategies_with_several_replicas_are_refused(tmp_path):
     message = result_of("refused", tmp_path)
     assert "`tf.distribute.MirroredStrategy` only" in message
     assert "2 replicas" in message
+
+
+def test_what_stock_keras_cannot_do_with_replicas(tmp_path):
+    """The support table says so; where Keras learns it, this fails and the table changes."""
+    assert set(result_of("stock_keras", tmp_path)) == {
+        "gradient_accumulation_steps",
+        "ema_overwrite_frequency",
+        "steps_per_execution",
+    }
