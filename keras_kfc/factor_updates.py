@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_kfc.capture import Capture
 from keras_kfc.derivatives import output_derivatives
+from keras_kfc.layers import INSTRUMENTED, layers_in, told_to_fall_back
 from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.pending import kronecker_optimizer, take_pending
 from keras_kfc.replicas import count_replicas, replica_number, sum_over_replicas
@@ -22,6 +23,7 @@ class FactorUpdates(PreconditionedStep):
     """The part of `keras_kfc.KFC` that keeps its factors up to date."""
 
     _noticed: bool
+    _told: bool
 
     def update_factors(
         self, capture: Capture, loss=None, y_true=None, y_pred=None, sample_weight=None
@@ -114,10 +116,41 @@ class FactorUpdates(PreconditionedStep):
             trainable_variables = list(trainable_variables)
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
+        # Whoever trains without the layers that it belongs to does without it.
+        self._stored = None
         capture = take_pending(self)
         if capture is not None and self.built:
             self._use_pending(capture)
+        self._tell_what_falls_back(None if capture is None else capture.model)
         super().apply(grads, trainable_variables)
+
+    def _tell_what_falls_back(self, model):
+        """Says once if layers that could have a block have none, and nobody asked for that."""
+        if self._told or not self.built:
+            return
+        self._told = True
+        if not self.blocks:
+            _logger.warning(
+                "KFC found no layer with a Kronecker block: its fallback rule, an Adam, trains "
+                "everything. Call `keras_kfc.instrument(model)` before training, or build the "
+                "model from `keras_kfc.layers`."
+            )
+        elif model is not None:
+            plain = [
+                layer.path
+                for layer, reason in layers_in(model)
+                if type(layer) in INSTRUMENTED
+                and layer.trainable_variables
+                and not (reason or told_to_fall_back(layer))
+            ]
+            if plain:
+                _logger.warning(
+                    "The fallback rule of KFC trains %d Conv2D and Dense layers that are not "
+                    "instrumented: %s. Call `keras_kfc.instrument(model)` on the whole model, "
+                    "before it is compiled, or name them in its `exclude`.",
+                    len(plain),
+                    ", ".join(plain),
+                )
 
     def _use_pending(self, capture):
         loss = capture.loss

@@ -16,8 +16,11 @@ from keras_kfc.coverage_report import Coverage, LayerCoverage
 from keras_kfc.layers import (
     INSTRUMENTED,
     KroneckerLayer,
+    blocks_among,
+    exclude_layer,
     instrument_layer,
     is_marked,
+    layers_in,
     mark_kernel,
     strip_layer,
     unmark_kernel,
@@ -25,9 +28,6 @@ from keras_kfc.layers import (
 from keras_kfc.pending import kronecker_optimizer, unwatch_loss
 
 _logger = logging.getLogger("keras_kfc")
-
-# These call their children inside a loop of their own, out of a capture's reach.
-_LOOPING = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
 
 
 def instrument(
@@ -62,7 +62,7 @@ def instrument(
     if instrument_layers(model, exclude):
         _forget_traces(model)
         optimizer = kronecker_optimizer(getattr(model, "optimizer", None))
-        if getattr(optimizer, "built", False):
+        if getattr(optimizer, "built", False) and not _has_blocks_of(optimizer, model):
             if optimizer.has_waiting_state() or not optimizer.iterations.numpy():
                 optimizer.rebuild(model.trainable_variables)
             else:
@@ -100,7 +100,7 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
             f"Received: exclude={exclude!r} of type {type(exclude).__name__}"
         )
     excluded = set(names)
-    inner = _layers_of(model)
+    inner = layers_in(model)
     unknown = excluded - {name for layer, _ in inner for name in (layer.name, layer.path)}
     if unknown:
         raise ValueError(
@@ -115,6 +115,7 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
     }
     changed = []
     for layer, reason in inner:
+        exclude_layer(layer, id(layer) in left_out)
         if id(layer) in left_out or reason:
             if strip_layer(layer):
                 changed.append(layer)
@@ -140,7 +141,7 @@ def instrumented(model: keras.Model) -> Iterator[None]:
     _require_model(model)
     before = [
         (layer, type(layer), isinstance(layer, KroneckerLayer) and is_marked(layer))
-        for layer, _ in _layers_of(model)
+        for layer, _ in layers_in(model)
     ]
     instrument_layers(model)
     try:
@@ -175,7 +176,7 @@ def strip(model: keras.Model) -> keras.Model:
         TypeError: If `model` is not a Keras model.
     """
     _require_model(model)
-    if any([strip_layer(layer) for layer, _ in _layers_of(model)]):
+    if any([strip_layer(layer) for layer, _ in layers_in(model)]):
         _forget_traces(model)
     unwatch_loss(model)
     return model
@@ -195,7 +196,7 @@ def coverage(model: keras.Model) -> Coverage:
     """
     _require_model(model)
     entries = []
-    for layer, reason in _layers_of(model):
+    for layer, reason in layers_in(model):
         own = [variable for variable in layer._trainable_variables]
         if layer.built and not own:
             continue
@@ -223,21 +224,11 @@ def _reason_without_block(layer):
     return "no block for this class"
 
 
-def _layers_of(model):
-    """All layers inside a model, each with the reason why it cannot capture, if any."""
-    looping: dict[int, str] = {}
-    for layer in model._flatten_layers():
-        if isinstance(layer, _LOOPING):
-            for child in layer._flatten_layers(include_self=False):
-                looping[id(child)] = f"inside {type(layer).__name__}"
-    seen: set[int] = set()
-    found = []
-    for layer in model._flatten_layers(include_self=False):
-        if id(layer) not in seen:
-            seen.add(id(layer))
-            quantised = "quantised" if layer.quantization_mode else ""
-            found.append((layer, looping.get(id(layer), quantised)))
-    return found
+def _has_blocks_of(optimizer, model):
+    """Whether an optimizer has the blocks that it would be built with now."""
+    variables = model.trainable_variables
+    wanted = {id(variables[kernel]) for kernel, _, _ in blocks_among(variables)}
+    return wanted == optimizer.kernels_with_blocks()
 
 
 def _forget_traces(model):

@@ -44,12 +44,9 @@ class KroneckerLayer:
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Becomes Keras's own layer and is quantised as that, out of the optimizer's sight."""
-        strip_layer(self)
-        kind = type(self)
-        if isinstance(self, KroneckerLayer):
-            # A subclass keeps its class, and Keras refuses it.
-            kind = next(base for base in kind.__mro__ if base in INSTRUMENTED)
-        kind.quantize(self, *args, **kwargs)
+        # A subclass keeps its class, and Keras refuses it.
+        plain: Any = next(base for base in type(self).__mro__ if base in INSTRUMENTED)
+        _strip_and_quantize(self, functools.partial(plain.quantize, self), *args, **kwargs)
 
     def _observe(self, inputs: tf.Tensor, pre_activation: tf.Tensor) -> tf.Tensor:
         if not tf.is_tensor(pre_activation):
@@ -139,6 +136,10 @@ class Dense(KroneckerLayer, keras.layers.Dense):
         return outputs if self.activation is None else self.activation(outputs)
 
 
+_EXCLUDED: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
+# These call their children inside a loop of their own, out of a capture's reach.
+_LOOPING = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
+
 # The classes that `keras_kfc.instrument` changes, and what it changes them to.
 INSTRUMENTED: dict[type, type] = {keras.layers.Conv2D: Conv2D, keras.layers.Dense: Dense}
 _PLAIN = {instrumented: plain for plain, instrumented in INSTRUMENTED.items()}
@@ -208,8 +209,37 @@ def strip_layer(layer: Any) -> bool:
 
 
 def _strip_and_quantize(layer, quantize, *args, **kwargs):
-    strip_layer(layer)
+    # Keras has no quantised form of a convolution, which goes on as it is.
+    if isinstance(layer, keras.layers.Dense):
+        strip_layer(layer)
     quantize(*args, **kwargs)
+
+
+def layers_in(model: keras.Model) -> list[tuple[keras.Layer, str]]:
+    """All layers inside a model, each with the reason why it cannot capture, if any."""
+    looping: dict[int, str] = {}
+    for layer in model._flatten_layers():
+        if isinstance(layer, _LOOPING):
+            for child in layer._flatten_layers(include_self=False):
+                looping[id(child)] = f"inside {type(layer).__name__}"
+    seen: set[int] = set()
+    found: list[tuple[keras.Layer, str]] = []
+    for layer in model._flatten_layers(include_self=False):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            quantised = "quantised" if layer.quantization_mode else ""
+            found.append((layer, looping.get(id(layer), quantised)))
+    return found
+
+
+def told_to_fall_back(layer: keras.Layer) -> bool:
+    """Whether somebody asked that the fallback rule trains a layer (`instrument`'s `exclude`)."""
+    return layer in _EXCLUDED
+
+
+def exclude_layer(layer: keras.Layer, excluded: bool) -> None:
+    """Notes whether somebody asked that the fallback rule trains a layer."""
+    (_EXCLUDED.add if excluded else _EXCLUDED.discard)(layer)
 
 
 def blocks_among(variables: Sequence[Any]) -> Iterator[tuple[int, Any, int | None]]:

@@ -226,6 +226,7 @@ class KFC(FactorUpdates):
         self._momentums: tuple[Any, ...] = ()
         self._second_moments: tuple[Any, ...] = ()
         self._noticed = False
+        self._told = False
         self._built_now = False
         self._stored = None
         self.watched_steps = None
@@ -275,6 +276,7 @@ class KFC(FactorUpdates):
 
         Raises:
             ValueError: If the optimizer is not built and no variables are given.
+            TypeError: If `variables` is not a list of variables.
 
         Example:
 
@@ -289,6 +291,12 @@ class KFC(FactorUpdates):
             raise ValueError(
                 "Argument `variables` is needed before the optimizer is built, for example "
                 "`optimizer.memory_usage(model.trainable_variables)`. Received: variables=None"
+            )
+        elif not isinstance(variables, (list, tuple)):
+            raise TypeError(
+                "Argument `variables` must be a list of variables, for example "
+                f"`model.trainable_variables`. Received: variables={variables!r} of type "
+                f"{type(variables).__name__}"
             )
         copies = int(self.use_ema) + bool(self.gradient_accumulation_steps)
         own = (v for v in self.variables if not self.built or id(v) in self._before_build)

@@ -61,7 +61,8 @@ def draw_factors(
     require_matplotlib()
     layers = _layers_in(source)
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    if layers:
+        directory.mkdir(parents=True, exist_ok=True)
     return [_draw(layer, directory) for layer in layers]
 
 

@@ -56,12 +56,6 @@ class Preconditioner:
             self._block_of_kernel[id(variable)] = block
             self._kernels[index] = variable
         _tell_cuts(self.blocks, max_factor_dim)
-        if not self.blocks:
-            _logger.warning(
-                "KFC found no layer with a Kronecker block: its fallback rule, an Adam, trains "
-                "everything. Call `keras_kfc.instrument(model)` before training, or build the "
-                "model from `keras_kfc.layers`."
-            )
 
     @property
     def covered(self) -> set[int]:
@@ -167,13 +161,13 @@ class Preconditioner:
         """
         directions: dict[int, tf.Tensor] = {}
         for block in self.blocks:
-            present = [i for i in (block.kernel, block.bias) if i in gradients]
+            present = [i for i in (block.kernel, block.bias) if i is not None and i in gradients]
             if not present:
                 continue
             if layer_of(self._kernels[block.kernel]) is None:
                 raise ValueError(
-                    f"Layer {block.path} was stripped after the optimizer was built. Compile the "
-                    "model again with a new optimizer."
+                    f"Layer {block.path} was stripped or quantised after the optimizer was built. "
+                    "Compile the model again with a new optimizer."
                 )
             if block.kernel not in self._captured and not first:
                 raise ValueError(
@@ -185,6 +179,10 @@ class Preconditioner:
                     "is not called in training can be frozen (`trainable=False`) or left to the "
                     "fallback rule (`keras_kfc.instrument(model, exclude=[...])`)."
                 )
+            if block.kernel not in self._captured:
+                # Without statistics, a step along the gradient, which the trust region bounds.
+                directions.update((i, tf.cast(gradients[i], block.omega.dtype)) for i in present)
+                continue
             kernel, bias = self._block_gradients(block, gradients)
             joint = block.precondition(block.geometry.to_joint(kernel, bias))
             kernel, bias = block.geometry.from_joint(joint)

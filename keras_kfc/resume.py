@@ -57,8 +57,14 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         # inverses are due comes to the same.
         with self._distribution_strategy.scope():
             self._average_over_replicas()
-        super().save_own_variables(store)
-        layout = {"built": self.built, "blocks": self._block_layout()}
+        if self._stored is None:
+            super().save_own_variables(store)
+            layout = {"built": self.built, "blocks": self._block_layout()}
+        else:
+            # Nobody has trained with it: what was loaded is stored again.
+            for index, array in enumerate(self._stored.arrays):
+                store[str(index)] = array
+            layout = {"built": self._stored.built, "blocks": self._stored.blocks}
         store[_LAYOUT] = np.frombuffer(json.dumps(layout).encode(), "uint8")
 
     def load_own_variables(self, store) -> None:
@@ -99,6 +105,10 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         self.built = False
         self.build(variables)
 
+    def kernels_with_blocks(self) -> set[int]:
+        """Identities of the kernels that have a Kronecker block."""
+        return {id(self._trainable_variables[block.kernel]) for block in self.blocks}
+
     def has_waiting_state(self) -> bool:
         """Whether state was loaded that waits for the layers it belongs to."""
         return self._stored is not None
@@ -117,8 +127,8 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             self._stored = stored
             warnings.warn(
                 f"The stored state of optimizer '{self.name}' has Kronecker blocks for "
-                f"{len(stored.blocks)} layers, but no layer of the model is instrumented, as after "
-                "loading a model whose layers live in a class of your own. Call "
+                f"{len(stored.blocks)} layers, but no layer of the model is instrumented: it was "
+                "stripped, or its layers live in a class of your own. Call "
                 "`keras_kfc.instrument(model)` before training, which loads the state; without "
                 "it, factors and momenta are lost.",
                 stacklevel=3,

@@ -35,6 +35,12 @@ class PreconditionedStep(ResumableOptimizer):
     def damping(self, damping):
         schedule = keras.optimizers.schedules.LearningRateSchedule
         if isinstance(damping, schedule):
+            if self.built:
+                raise TypeError(
+                    "A train step that was traced reads the `damping` that the optimizer had then: "
+                    "set a `LearningRateSchedule` when the optimizer is created, and a float at "
+                    f"any time. Received: damping={damping!r}"
+                )
             if isinstance(self._damping, keras.Variable):
                 self._untrack_variable(self._damping)
             self._damping = damping
@@ -90,7 +96,7 @@ class PreconditionedStep(ResumableOptimizer):
 
         def update():
             self._decay_weights(trainable_variables, learning_rate)
-            trust_scale = self._trust(learning_rate**2 * quadratic)
+            trust_scale = self._trust(learning_rate**2 * quadratic) if directions else 1.0
             scale = -learning_rate * trust_scale
             corrections = bias_corrections(self.iterations + 1)
             fallback_rate = self.fallback_lr_ratio * learning_rate

@@ -151,3 +151,24 @@ def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(ru
     fresh.fit(X, Y, batch_size=8, epochs=2, verbose=0)
     gamma = fresh.optimizer.blocks[1].gamma[0]
     assert relative_error(gamma, residuals.T @ residuals / 8) < 1e-5
+
+
+def test_the_first_step_of_a_loop_without_capture_moves_along_the_gradient():
+    """Nothing could be recorded for an optimizer that is built only now; the next step is KFC's."""
+    model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
+    optimizer = keras_kfc.KFC(learning_rate=0.01, momentum=0.0, kl_clip=None)
+
+    def step():
+        before = [v.numpy() for v in model.trainable_variables]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(X, training=True) - Y))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        moves = [v.numpy() - b for v, b in zip(model.trainable_variables, before, strict=True)]
+        return moves, gradients
+
+    for move, gradient in zip(*step(), strict=True):
+        np.testing.assert_allclose(move, -0.01 * gradient.numpy(), rtol=1e-4)
+    moves, gradients = step()
+    assert np.abs(moves[0] + 0.01 * gradients[0].numpy()).max() > 1e-4
+    assert float(optimizer.blocks[0].weight) > 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import keras
+import nets
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,7 +15,6 @@ from keras.src import testing
 
 import keras_kfc
 from keras_kfc import KFC
-from tests import nets
 
 KERAS_TESTS = pathlib.Path(testing.__file__).parents[1]
 # Keras's tests find these classes where they look for Keras's own.
@@ -247,6 +247,8 @@ def test_a_trained_model_is_quantised_as_the_plain_one(prepare):
     for each in (plain, model):
         each.quantize("int8")
     assert type(model.get_layer("dense")) is keras.layers.Dense
+    # Keras quantises no convolution, which stays what it is.
+    assert type(model.get_layer("conv")) is keras_kfc.layers.Conv2D
     assert model.get_layer("dense").quantization_mode == "int8"
     np.testing.assert_array_equal(
         model.predict(images, verbose=0), plain.predict(images, verbose=0)

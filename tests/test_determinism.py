@@ -1,10 +1,9 @@
 """Two runs under one seed are equal to the bit, in processes of their own."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+
+from conftest import run_python
 
 # Trains with every source of random numbers, and writes weights and optimizer state.
 SCRIPT = """
@@ -13,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import keras_kfc
-from tests import nets
+import nets
 
 keras.utils.set_random_seed(int(sys.argv[2]))
 tf.config.experimental.enable_op_determinism()
@@ -35,9 +34,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name, seed):
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(folder / f"{name}.npz"), str(seed)], check=True
-        )
+        finished = run_python(SCRIPT, folder / f"{name}.npz", seed)
+        assert finished.returncode == 0, finished.stderr
         with np.load(folder / f"{name}.npz") as state:
             return [state[key] for key in state.files]
 

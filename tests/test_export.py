@@ -5,10 +5,9 @@ predictions compared to the bit, in a process that cannot import keras_kfc.
 """
 
 import collections
-import subprocess
-import sys
 
 import keras
+import nets
 import numpy as np
 import onnx
 import onnxruntime
@@ -17,7 +16,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_kfc
-from tests import nets
+from conftest import run_python
 
 # Serves what is in the folders given, where keras_kfc cannot be imported.
 SERVE = """
@@ -98,11 +97,7 @@ def test_saved_model_is_that_of_the_plain_model(export, models, tmp_path):
         assert saved_operations(tmp_path / name) == saved_operations(tmp_path / "plain")
     assert saved_operations(tmp_path / "plain")["Conv2D"]
     folders = [str(tmp_path / name) for name in models]
-    served = subprocess.run(
-        [sys.executable, "-c", SERVE, str(tmp_path / "images.npy"), *folders],
-        capture_output=True,
-        text=True,
-    )
+    served = run_python(SERVE, tmp_path / "images.npy", *folders)
     assert served.returncode == 0, served.stderr
     expected = np.load(tmp_path / "plain.npy")
     np.testing.assert_allclose(models["plain"].predict(images, verbose=0), expected, rtol=1e-5)

@@ -3,13 +3,13 @@
 import csv
 
 import keras
+import nets
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_kfc
 from keras_kfc import KFC
-from tests import nets
 
 LOSS = "sparse_categorical_crossentropy"
 

@@ -316,3 +316,38 @@ def test_an_application_trains():
     losses = history.history["loss"]
     assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
     assert int(model.optimizer.skipped_steps) == 0
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_layers_added_around_an_instrumented_model_are_told_once(caplog):
+    base = keras_kfc.instrument(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]))
+    model = keras.Sequential([keras.Input((4,)), base, keras.layers.Dense(2, name="added")])
+    model.compile(keras_kfc.KFC(), "mse")
+    for _ in range(2):
+        model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
+    (message,) = [m for m in messages(caplog) if "not instrumented" in m]
+    assert "1 Conv2D and Dense layers" in message and "added" in message
+
+
+def test_layers_that_were_excluded_are_not_told(caplog):
+    layers = [keras.layers.Dense(3), keras.layers.Dense(2, name="head")]
+    model = keras_kfc.instrument(keras.Sequential([keras.Input((4,)), *layers]), exclude=["head"])
+    model.compile(keras_kfc.KFC(), "mse")
+    model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
+    assert not messages(caplog)
+
+
+def test_strip_and_instrument_between_two_fits_changes_nothing(caplog):
+    models = [conv_net(keras.layers) for _ in range(2)]
+    for model in models:
+        keras_kfc.instrument(model)
+        train(model, keras_kfc.KFC(seed=3), steps=3)
+    keras_kfc.instrument(keras_kfc.strip(models[1]))
+    images, labels = image_batch()
+    for model in models:
+        model.fit(images, labels, batch_size=32, epochs=3, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(flat_weights(models[1]), flat_weights(models[0]))
+    assert not messages(caplog)

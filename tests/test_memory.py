@@ -1,11 +1,11 @@
 """Memory usage is what the variables really take, before and after they exist."""
 
 import keras
+import nets
 import pytest
 
 import keras_kfc
 from keras_kfc import KFC
-from tests import nets
 
 
 def really_taken(optimizer):
@@ -57,3 +57,5 @@ def test_a_wide_network_is_told_before_it_is_built():
 def test_an_optimizer_without_variables_says_what_it_needs():
     with pytest.raises(ValueError, match=r"`variables` is needed.*Received: variables=None"):
         KFC().memory_usage()
+    with pytest.raises(TypeError, match=r"`variables` must be a list.*Received: variables="):
+        KFC().memory_usage(nets.conv_net())

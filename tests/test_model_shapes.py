@@ -1,12 +1,12 @@
 """Models of every shape: several inputs and outputs, nested, shared layers, two optimizers."""
 
 import keras
+import nets
 import numpy as np
 import pytest
 
 from keras_kfc import KFC
 from keras_kfc.layers import Dense
-from tests import nets
 
 LOSS = "sparse_categorical_crossentropy"
 # Without a trust region, which joins all layers, branches train independently.

@@ -150,3 +150,13 @@ def test_weights_of_the_optimizer_have_one_order():
         train(model, keras_kfc.KFC(), steps=1)
         orders.append([(v.name, tuple(v.shape)) for v in model.optimizer.variables])
     assert orders[0] == orders[1]
+
+
+def test_a_schedule_of_damping_after_the_build_is_refused():
+    optimizer = keras_kfc.KFC()
+    optimizer.build(conv_net().trainable_variables)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
+    with pytest.raises(TypeError, match=r"`LearningRateSchedule` when the optimizer is created"):
+        optimizer.damping = schedule
+    optimizer.damping = 0.5
+    assert float(optimizer.damping) == 0.5

@@ -1,13 +1,13 @@
 """What Keras's optimizers can do, KFC can: "with equals without", or equals the definition."""
 
 import keras
+import nets
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_kfc
 from keras_kfc import KFC
-from tests import nets
 
 LOSS = "sparse_categorical_crossentropy"
 STEPS = 4

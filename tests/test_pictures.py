@@ -1,16 +1,14 @@
 """Pictures of factors exist, show what they should, and need nothing but matplotlib."""
 
-import subprocess
-import sys
-
 import keras
+import nets
 import numpy as np
 import pytest
 from matplotlib import image
 
 import keras_kfc
+from conftest import run_python
 from keras_kfc.pictures import _block_diagonal, draw_factors
-from tests import nets
 
 
 def trained(**kwargs):
@@ -102,6 +100,6 @@ try:
 except ImportError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = run_python(program)
     assert result.returncode == 0, result.stderr
     assert "pip install keras-kfc[pictures]" in result.stdout

@@ -1,14 +1,14 @@
 """Dtype policies: statistics are right whatever the loss scale, and an overflow leaves no trace."""
 
 import keras
+import nets
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_kfc
+from conftest import naive_gamma, relative_error
 from keras_kfc import KFC
-from tests import nets
-from tests.conftest import naive_gamma, relative_error
 
 LOSS = "sparse_categorical_crossentropy"
 

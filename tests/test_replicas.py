@@ -1,10 +1,10 @@
 """Two replicas of a `MirroredStrategy` train as one device does, on two logical processors."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from conftest import run_python
 
 # Runs one case with one replica and with two, and prints the largest differences.
 SCRIPT = '''
@@ -165,11 +165,7 @@ print(json.dumps(globals()[sys.argv[1]]()))
 
 
 def result_of(case, tmp_path):
-    finished = subprocess.run(
-        [sys.executable, "-c", SCRIPT, case, str(tmp_path / "model.keras")],
-        capture_output=True,
-        text=True,
-    )
+    finished = run_python(SCRIPT, case, tmp_path / "model.keras")
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(finished.stdout.splitlines()[-1])
 

@@ -5,16 +5,15 @@ Fisher matrix, so that equality covers its random numbers, too.
 """
 
 import signal
-import subprocess
-import sys
 
 import keras
+import nets
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_kfc
-from tests import nets
+from conftest import run_python
 
 SEED = 11
 
@@ -179,6 +178,10 @@ def test_state_of_layers_in_a_class_of_ones_own_waits_for_instrument(tmp_path):
     with pytest.warns(UserWarning, match="instrument"):
         loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert not loaded.optimizer.blocks
+    # What waits is stored again by whoever only loads and saves.
+    loaded.save(tmp_path / "again.keras")
+    with pytest.warns(UserWarning, match="instrument"):
+        loaded = keras.saving.load_model(tmp_path / "again.keras")
     fit(keras_kfc.instrument(loaded), 4, first=2)
     assert len(loaded.optimizer.blocks) == 2
     assert_same_state(loaded, expected)
@@ -197,7 +200,8 @@ def test_a_model_checkpoint_of_the_second_epoch_resumes(uninterrupted, tmp_path)
 SCRIPT = """
 import os, pathlib, signal, sys
 import keras
-from tests import nets, test_saving
+import nets
+import test_saving
 
 class Kill(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
@@ -216,15 +220,10 @@ model.save(folder / "end.keras")
 
 
 def test_training_goes_on_after_a_kill_in_mid_epoch(uninterrupted, tmp_path):
-    def run(mode):
-        return subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(tmp_path), mode], capture_output=True, text=True
-        )
-
-    killed = run("kill")
+    killed = run_python(SCRIPT, tmp_path, "kill")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "end.keras").exists()
-    resumed = run("finish")
+    resumed = run_python(SCRIPT, tmp_path, "finish")
     assert resumed.returncode == 0, resumed.stderr
     assert "epochs [2, 3]" in resumed.stdout
     assert_same_state(keras.saving.load_model(tmp_path / "end.keras"), uninterrupted)
