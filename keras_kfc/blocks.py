@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_kfc.partition import Partition
@@ -88,6 +89,18 @@ class KroneckerBlock:
             average.assign_add(tf.where(usable, change, tf.zeros((), change.dtype)))
         self.weight.assign(tf.where(usable, weight, self.weight))
         return ~usable
+
+    def parts_of(self, name: str) -> list[np.ndarray]:
+        """The diagonal blocks of a factor or an inverse, without the rows that fill them up.
+
+        Args:
+            name: `"omega"`, `"gamma"`, `"omega_inverse"` or `"gamma_inverse"`.
+        """
+        rows = self.partition.omega_rows if name.startswith("omega") else self.partition.gamma_rows
+        return [
+            part[np.ix_(own, own)]
+            for part, own in zip(getattr(self, name).numpy(), rows, strict=True)
+        ]
 
     def has_data(self) -> tf.Tensor:
         """Whether the factors hold anything on any replica, a boolean scalar."""

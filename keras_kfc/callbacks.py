@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_kfc.arguments import check_choice, check_positive_integer
+from keras_kfc.layers import unused_name
 from keras_kfc.pending import kronecker_optimizer
 from keras_kfc.pictures import draw_factors, require_matplotlib
 
@@ -83,15 +84,16 @@ class CurvatureMonitor(keras.callbacks.Callback):
         }
         for name in ("skipped_steps", "skipped_factor_updates", "skipped_inverse_updates"):
             values[name] = int(getattr(optimizer, name).numpy())
-        if self.spectrum != "none":
-            for block in optimizer.blocks:
-                for name in ("omega", "gamma"):
-                    key = f"{block.path}/{name}"
-                    inverse = _extremes(getattr(block, f"{name}_inverse"), block.inverted)
-                    values[f"{key}_condition"] = inverse[1] / inverse[0]
-                    if self.spectrum == "extremes":
-                        low, high = _extremes(getattr(block, name), block.weight)
-                        values[f"{key}_min"], values[f"{key}_max"] = low, high
+        names: set[str] = set()
+        for block in optimizer.blocks if self.spectrum != "none" else ():
+            path = unused_name(block.path, names)
+            names.add(path)
+            for name in ("omega", "gamma"):
+                low, high = _extremes(block.parts_of(f"{name}_inverse"), block.inverted)
+                values[f"{path}/{name}_condition"] = high / low
+                if self.spectrum == "extremes":
+                    low, high = _extremes(block.parts_of(name), block.weight)
+                    values[f"{path}/{name}_min"], values[f"{path}/{name}_max"] = low, high
         return values
 
 
@@ -139,9 +141,9 @@ def _optimizer_of(model: keras.Model, callback: keras.callbacks.Callback) -> Any
     return optimizer
 
 
-def _extremes(factor: keras.Variable, filled: keras.Variable) -> tuple[float, float]:
+def _extremes(parts: list[np.ndarray], filled: keras.Variable) -> tuple[float, float]:
     """Smallest and largest eigenvalue over the blocks of a factor, NaN if it holds nothing."""
     if not filled.numpy():
         return float("nan"), float("nan")
-    eigenvalues = np.linalg.eigvalsh(factor.numpy().astype("float64"))
-    return float(eigenvalues.min()), float(eigenvalues.max())
+    eigenvalues = [np.linalg.eigvalsh(part.astype("float64")) for part in parts]
+    return float(min(e[0] for e in eigenvalues)), float(max(e[-1] for e in eigenvalues))

@@ -1,7 +1,6 @@
 """Kronecker factors of a model on given data, without training."""
 
 import dataclasses
-import itertools
 import random
 from typing import Any
 
@@ -13,6 +12,7 @@ from keras_kfc.arguments import check_choice, check_positive_integer, check_seed
 from keras_kfc.capture import Capture
 from keras_kfc.derivatives import FISHERS, output_derivatives
 from keras_kfc.instrument import instrumented
+from keras_kfc.layers import unused_name
 from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.partition import Partition
 from keras_kfc.statistics import ExampleSample, batch_gammas, batch_omegas, batch_size_of
@@ -142,7 +142,7 @@ def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
         gammas = batch_gammas(capture, derivatives, everything, partitions)
         sums: dict[str, list[tf.Tensor]] = {}
         for key, record in capture.records.items():
-            path = _unused_name(record.path, sums)
+            path = unused_name(record.path, sums)
             sums[path] = [tf.cast(size, part.dtype) * part for part in (omegas[key], gammas[key])]
         return sums
 
@@ -169,12 +169,6 @@ def _call(model, inputs):
 
 def _slice(structure, start, stop):
     return keras.tree.map_structure(lambda part: tf.convert_to_tensor(part[start:stop]), structure)
-
-
-def _unused_name(path, taken):
-    """The path itself, or with a number where another layer has the same."""
-    names = itertools.chain([path], (f"{path}_{number}" for number in itertools.count(1)))
-    return next(name for name in names if name not in taken)
 
 
 def _squeeze(factor):

@@ -9,7 +9,7 @@ from keras_kfc.capture import Capture
 from keras_kfc.derivatives import output_derivatives
 from keras_kfc.layers import INSTRUMENTED, layers_in, told_to_fall_back
 from keras_kfc.losses import compile_loss, loss_terms
-from keras_kfc.pending import kronecker_optimizer, take_pending
+from keras_kfc.pending import PendingCaptures, kronecker_optimizer, take_pending
 from keras_kfc.replicas import count_replicas, replica_number, sum_over_replicas
 from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ordinary_gammas
 from keras_kfc.step import PreconditionedStep
@@ -24,6 +24,7 @@ class FactorUpdates(PreconditionedStep):
 
     _noticed: bool
     _told: bool
+    pending_captures: PendingCaptures
 
     def update_factors(
         self, capture: Capture, loss=None, y_true=None, y_pred=None, sample_weight=None
@@ -116,8 +117,6 @@ class FactorUpdates(PreconditionedStep):
             trainable_variables = list(trainable_variables)
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
-        # Whoever trains without the layers that it belongs to does without it.
-        self._stored = None
         capture = take_pending(self)
         if capture is not None and self.built:
             self._use_pending(capture)

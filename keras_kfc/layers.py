@@ -7,8 +7,9 @@ learns which variables form a block.
 """
 
 import functools
+import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -55,10 +56,15 @@ class KroneckerLayer:
         if capture is None:
             return pre_activation
 
+        # TensorFlow keeps this function, in a graph for as long as the process lives.
+        capture_reference, layer_reference = weakref.ref(capture), weakref.ref(self)
+
         @tf.custom_gradient
         def probe(tensor):
             def gradient(derivative):
-                capture.record_derivative(self, derivative)
+                receiver, layer = capture_reference(), layer_reference()
+                if receiver is not None and layer is not None:
+                    receiver.record_derivative(layer, derivative)
                 return derivative
 
             return tf.identity(tensor), gradient
@@ -209,10 +215,17 @@ def strip_layer(layer: Any) -> bool:
 
 
 def _strip_and_quantize(layer, quantize, *args, **kwargs):
-    # Keras has no quantised form of a convolution, which goes on as it is.
-    if isinstance(layer, keras.layers.Dense):
-        strip_layer(layer)
-    quantize(*args, **kwargs)
+    kind = type(layer)
+    # Keras has no quantised form of a convolution, and refuses subclasses.
+    stripped = issubclass(kind, Dense) and kind in _PLAIN and strip_layer(layer)
+    try:
+        quantize(*args, **kwargs)
+    except Exception:
+        if stripped:
+            layer.__class__ = kind
+            if layer.built:
+                mark_kernel(layer)
+        raise
 
 
 def layers_in(model: keras.Model) -> list[tuple[keras.Layer, str]]:
@@ -257,3 +270,14 @@ def blocks_among(variables: Sequence[Any]) -> Iterator[tuple[int, Any, int | Non
         layer = layer_of(variable)
         if layer is not None:
             yield index, layer, None if layer.bias is None else indices.get(id(layer.bias))
+
+
+def unused_name(path: str, taken: Container[str]) -> str:
+    """A path itself, or with a number where another layer has the same.
+
+    Args:
+        path: The path.
+        taken: The names that are in use.
+    """
+    names = itertools.chain([path], (f"{path}_{number}" for number in itertools.count(1)))
+    return next(name for name in names if name not in taken)

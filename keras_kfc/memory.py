@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
+import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
 
 from keras_kfc.layers import blocks_among
-from keras_kfc.partition import factor_dtype, partition_of
+from keras_kfc.partition import Partition, factor_dtype, partition_of
+
+BlockPlan = tuple[str, Partition, int, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +89,35 @@ def bytes_text(count: int) -> str:
     return f"{count} B"
 
 
+def planned_blocks(variables: Sequence[Any], max_factor_dim: int | None) -> list[BlockPlan]:
+    """The blocks that an optimizer would have for some trainable variables.
+
+    Args:
+        variables: The trainable variables.
+        max_factor_dim: As of `keras_kfc.KFC`.
+
+    Returns:
+        Path, layout, index of the kernel, and index of the bias or None, for each.
+    """
+    return [
+        (
+            layer.path,
+            partition_of(layer.kronecker_geometry, bias is not None, max_factor_dim),
+            index,
+            bias,
+        )
+        for index, layer, bias in blocks_among(variables)
+    ]
+
+
 def memory_of(
-    variables: Sequence[Any], max_factor_dim: int | None, copies: int, others: Iterable[Any]
+    variables: Sequence[Any], blocks: Iterable[BlockPlan], copies: int, others: Iterable[Any]
 ) -> MemoryUsage:
     """What an optimizer takes for some trainable variables.
 
     Args:
         variables: The trainable variables.
-        max_factor_dim: As of `keras_kfc.KFC`.
+        blocks: The blocks among them, as of `planned_blocks`.
         copies: Number of copies of all variables that Keras keeps for its own purposes.
         others: The optimizer's variables that belong to none of these.
 
@@ -103,8 +126,7 @@ def memory_of(
     """
     entries = []
     covered: set[int] = set()
-    for index, layer, bias in blocks_among(variables):
-        partition = partition_of(layer.kronecker_geometry, bias is not None, max_factor_dim)
+    for path, partition, index, bias in blocks:
         shapes = (partition.omega_shape, partition.gamma_shape)
         dtype = factor_dtype(variables[index])
         factors = sum(_bytes_of(shape, dtype) for shape in shapes)
@@ -114,21 +136,20 @@ def memory_of(
         covered |= indices
         momenta = sum(_bytes_of(variables[i].shape, variables[i].dtype) for i in indices)
         entries.append(
-            LayerMemory(layer.path, *shapes, factors + scalars, factors, (1 + copies) * momenta)
+            LayerMemory(path, *shapes, factors + scalars, factors, (1 + copies) * momenta)
         )
     fallback: dict[str, int] = {}
     for index, variable in enumerate(variables):
         if index not in covered:
-            path = variable.path.rpartition("/")[0]
+            path = getattr(variable, "path", variable.name).rpartition("/")[0]
             size = (2 + copies) * _bytes_of(variable.shape, variable.dtype)
             fallback[path] = fallback.get(path, 0) + size
     entries += [LayerMemory(path, None, None, 0, 0, size) for path, size in fallback.items()]
     return MemoryUsage(entries, sum(_bytes_of(v.shape, v.dtype) for v in others))
 
 
-def _bytes_of(shape: Iterable[int], dtype: str) -> int:
-    itemsize = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-    return math.prod(shape) * itemsize
+def _bytes_of(shape: Iterable[int], dtype: Any) -> int:
+    return math.prod(shape) * tf.as_dtype(dtype).size
 
 
 def _shape_text(shape: tuple[int, int, int] | None) -> str:

@@ -21,7 +21,8 @@ from keras_kfc.arguments import (
 )
 from keras_kfc.derivatives import FISHERS
 from keras_kfc.factor_updates import FactorUpdates
-from keras_kfc.memory import memory_of
+from keras_kfc.memory import memory_of, planned_blocks
+from keras_kfc.pending import PendingCaptures
 from keras_kfc.preconditioner import Preconditioner
 
 
@@ -227,6 +228,7 @@ class KFC(FactorUpdates):
         self._second_moments: tuple[Any, ...] = ()
         self._noticed = False
         self._told = False
+        self.pending_captures = PendingCaptures()
         self._built_now = False
         self._stored = None
         self.watched_steps = None
@@ -287,6 +289,7 @@ class KFC(FactorUpdates):
         """
         if self.built:
             variables = self._trainable_variables
+            parts = [(b.path, b.partition, b.kernel, b.bias) for b in self.blocks]
         elif variables is None:
             raise ValueError(
                 "Argument `variables` is needed before the optimizer is built, for example "
@@ -298,9 +301,11 @@ class KFC(FactorUpdates):
                 f"`model.trainable_variables`. Received: variables={variables!r} of type "
                 f"{type(variables).__name__}"
             )
+        else:
+            parts = planned_blocks(variables, self.max_factor_dim)
         copies = int(self.use_ema) + bool(self.gradient_accumulation_steps)
         own = (v for v in self.variables if not self.built or id(v) in self._before_build)
-        return memory_of(list(variables), self.max_factor_dim, copies, own)
+        return memory_of(variables, parts, copies, own)
 
     def get_config(self):
         """Configuration from which `from_config` makes an equal optimizer."""

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_kfc.factors import (
@@ -73,6 +74,24 @@ class Partition:
         """Sizes of the whole block."""
         rows = self.geometry.kernel_rows + self.use_bias
         return BlockShape(self.geometry.groups, rows, self._columns)
+
+    @property
+    def omega_rows(self) -> np.ndarray:
+        """Which rows of the stored input factor are the layer's, `(G * P, R)`; others fill up."""
+        parts = -(-self._channels // self.input_parts)
+        channels = np.arange(self.input_parts * parts).reshape(self.input_parts, 1, parts)
+        rows = np.repeat(channels < self._channels, self._positions, axis=1)
+        rows = rows.reshape(self.input_parts, -1)
+        if self.use_bias:
+            rows = np.column_stack([rows, np.arange(self.input_parts) == 0])
+        return np.tile(rows, (self.geometry.groups, 1))
+
+    @property
+    def gamma_rows(self) -> np.ndarray:
+        """Which rows of the stored output factor are the layer's, `(G * Q, t)`."""
+        columns = np.arange(self.output_parts * self.gamma_shape[1])
+        rows = (columns < self._columns).reshape(self.output_parts, -1)
+        return np.tile(rows, (self.geometry.groups, 1))
 
     def omega(self, inputs: Sequence[tf.Tensor], batch_size: tf.Tensor) -> tf.Tensor:
         """Omega of one batch, `(G * P, R, R)`; see `keras_kfc.factors.input_factor`."""

@@ -10,7 +10,6 @@ not always the same ones in the forward pass and for the optimizer.
 
 import dataclasses
 import logging
-import weakref
 from typing import Any
 
 import tensorflow as tf
@@ -46,7 +45,7 @@ def active_capture(layer: Any) -> Capture | None:
         return None
     if getattr(context, "training", None) is False:
         return None
-    pending = _pending_of(optimizer).get(replica_number())
+    pending = _pending_of(optimizer)
     if pending is not None and pending.capture.is_open:
         same_pass = pending.context is context
         # Several forward passes before one loss are one pass in a graph. In
@@ -71,7 +70,7 @@ def active_capture(layer: Any) -> Capture | None:
             "`update_factors` in the train step.",
             type(model).__name__,
         )
-    _pending_of(optimizer)[replica_number()] = _Pending(context, capture)
+    optimizer.pending_captures.by_replica[replica_number()] = _Pending(context, capture)
     return capture
 
 
@@ -81,7 +80,7 @@ def take_pending(optimizer: Any) -> Capture | None:
     Args:
         optimizer: The optimizer with Kronecker factors.
     """
-    pending = _pending_of(optimizer).pop(replica_number(), None)
+    pending = optimizer.pending_captures.by_replica.pop(replica_number(), None)
     if pending is None:
         return None
     pending.capture.close()
@@ -113,7 +112,11 @@ def watch_loss(model: Any) -> None:
     def call(y_true, y_pred, sample_weight=None):
         value = original(y_true, y_pred, sample_weight)
         optimizer = kronecker_optimizer(model.optimizer)
-        pending = None if optimizer is None else _pending_of(optimizer).get(replica_number())
+        pending = (
+            None
+            if optimizer is None
+            else optimizer.pending_captures.by_replica.get(replica_number())
+        )
         if pending is not None and pending.capture.is_open:
             pending.capture.close()
             pending.capture.loss = LossEvaluation(compiled, y_true, y_pred, sample_weight, value)
@@ -129,15 +132,21 @@ def unwatch_loss(model: Any) -> None:
         vars(compiled).pop("call", None)
 
 
+class PendingCaptures:
+    """The captures of one optimizer that it has not taken yet, by number of the replica.
+
+    An object of its own, because TensorFlow would track a dictionary.
+    """
+
+    def __init__(self) -> None:
+        self.by_replica: dict[int, _Pending] = {}
+
+
 @dataclasses.dataclass
 class _Pending:
     context: Any
     capture: Capture
 
 
-# By optimizer and number of the replica.
-_pending: weakref.WeakKeyDictionary[Any, dict[int, _Pending]] = weakref.WeakKeyDictionary()
-
-
-def _pending_of(optimizer: Any) -> dict[int, _Pending]:
-    return _pending.setdefault(optimizer, {})
+def _pending_of(optimizer: Any) -> _Pending | None:
+    return optimizer.pending_captures.by_replica.get(replica_number())

@@ -12,19 +12,22 @@ import keras
 import numpy as np
 
 from keras_kfc.curvature import KroneckerFactors
+from keras_kfc.layers import unused_name
 from keras_kfc.pending import kronecker_optimizer
 
 # Eigenvalues below this share of the largest are rounding errors of float32.
 _ROUNDING = 1e-8
+# A heat map of all blocks has no more rows than this.
+_MOST_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What is drawn of one layer: factors `(blocks, n, n)`, and their damped inverses if known."""
+    """What is drawn of one layer: the diagonal blocks of factors and of inverses, if known."""
 
     path: str
-    factors: dict[str, np.ndarray]
-    inverses: dict[str, np.ndarray]
+    factors: dict[str, list[np.ndarray]]
+    inverses: dict[str, list[np.ndarray]]
 
 
 def draw_factors(
@@ -63,7 +66,12 @@ def draw_factors(
     directory = pathlib.Path(directory)
     if layers:
         directory.mkdir(parents=True, exist_ok=True)
-    return [_draw(layer, directory) for layer in layers]
+    names: list[str] = []
+    for layer in layers:
+        names.append(unused_name(layer.path.replace("/", "_"), names))
+    return [
+        _draw(layer, directory / f"{name}.png") for layer, name in zip(layers, names, strict=True)
+    ]
 
 
 def require_matplotlib() -> None:
@@ -86,7 +94,7 @@ def _layers_in(source: Any) -> list[_Layer]:
         isinstance(factors, KroneckerFactors) for factors in source.values()
     ):
         return [
-            _Layer(path, {name: _stack(getattr(f, name)) for name in ("omega", "gamma")}, {})
+            _Layer(path, {name: _blocks(getattr(f, name)) for name in ("omega", "gamma")}, {})
             for path, f in source.items()
         ]
     if isinstance(source, keras.Model):
@@ -101,43 +109,46 @@ def _layers_in(source: Any) -> list[_Layer]:
     layers = []
     for block in optimizer.blocks:
         if block.weight.numpy() > 0:
-            inverses = {"omega": block.omega_inverse, "gamma": block.gamma_inverse}
+            names = ("omega", "gamma") if block.inverted.numpy() else ()
             layers.append(
                 _Layer(
                     block.path,
-                    {"omega": block.omega.numpy(), "gamma": block.gamma.numpy()},
-                    {name: v.numpy() for name, v in inverses.items() if block.inverted.numpy()},
+                    {name: block.parts_of(name) for name in ("omega", "gamma")},
+                    {name: block.parts_of(f"{name}_inverse") for name in names},
                 )
             )
     return layers
 
 
-def _stack(factor: np.ndarray) -> np.ndarray:
-    return factor[None] if factor.ndim == 2 else factor
+def _blocks(factor: np.ndarray) -> list[np.ndarray]:
+    return [factor] if factor.ndim == 2 else list(factor)
 
 
-def _draw(layer: _Layer, directory: pathlib.Path) -> pathlib.Path:
+def _draw(layer: _Layer, file: pathlib.Path) -> pathlib.Path:
     # Without pyplot, which would keep figures and a window system.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     *maps, spectrum = figure.subplots(1, 3)
     for axes, (name, symbol) in zip(maps, (("omega", "Ω"), ("gamma", "Γ")), strict=True):
-        factor = layer.factors[name]
-        image = axes.imshow(
-            _block_diagonal(factor), cmap=_colours(), interpolation="nearest", **_limits(factor)
-        )
-        count, rows, _ = factor.shape
-        blocks = f", {count} blocks of {rows}" if count > 1 else ""
-        axes.set_title(f"{symbol}: {count * rows} rows{blocks}")
+        parts = layer.factors[name]
+        shown = _that_fit(parts)
+        matrix = _block_diagonal(shown)
+        image = axes.imshow(matrix, cmap=_colours(), interpolation="nearest", **_limits(matrix))
+        title = f"{symbol}: {sum(map(len, parts))} rows"
+        if len(parts) > 1:
+            title += f", {len(parts)} blocks"
+        if len(shown) < len(parts):
+            title += f", the first {len(shown)}"
+        axes.set_title(title)
         figure.colorbar(image, ax=axes, shrink=0.85)
     for name, symbol, colour in (("omega", "Ω", "tab:blue"), ("gamma", "Γ", "tab:orange")):
         eigenvalues = _eigenvalues(layer.factors[name])
         unit = eigenvalues.mean() or 1.0
         position = np.linspace(0, 1, len(eigenvalues))
         marker = "." if len(eigenvalues) <= 40 else None
-        shown = np.where(eigenvalues > _ROUNDING * eigenvalues[0], eigenvalues, np.nan)
-        spectrum.plot(position, shown / unit, color=colour, marker=marker, label=symbol)
+        visible = np.where(eigenvalues > _ROUNDING * eigenvalues[0], eigenvalues, np.nan)
+        spectrum.plot(position, visible / unit, color=colour, marker=marker, label=symbol)
         if name in layer.inverses:
             damped = 1 / _eigenvalues(layer.inverses[name])[::-1]
             spectrum.plot(position, damped / unit, "--", color=colour, label=f"{symbol}, damped")
@@ -146,18 +157,25 @@ def _draw(layer: _Layer, directory: pathlib.Path) -> pathlib.Path:
     spectrum.grid(True, which="major", alpha=0.3)
     spectrum.legend()
     figure.suptitle(layer.path)
-    file = directory / f"{layer.path.replace('/', '_')}.png"
     figure.savefig(file, dpi=110)
     return file
 
 
-def _block_diagonal(factor: np.ndarray) -> np.ndarray:
-    """`(blocks, n, n)` as one matrix with NaN outside of the blocks."""
-    count, rows, _ = factor.shape
-    matrix = np.full((count * rows, count * rows), np.nan, factor.dtype)
-    for index, block in enumerate(factor):
-        part = slice(index * rows, (index + 1) * rows)
-        matrix[part, part] = block
+def _that_fit(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """The first blocks, at least one, that make a matrix of no more rows than can be shown."""
+    ends = np.cumsum([len(part) for part in parts])
+    return parts[: max(1, int(np.sum(ends <= _MOST_ROWS)))]
+
+
+def _block_diagonal(parts: list[np.ndarray]) -> np.ndarray:
+    """Blocks as one matrix with NaN outside of them."""
+    rows = sum(map(len, parts))
+    matrix = np.full((rows, rows), np.nan, parts[0].dtype)
+    first = 0
+    for part in parts:
+        own = slice(first, first + len(part))
+        matrix[own, own] = part
+        first += len(part)
     return matrix
 
 
@@ -169,12 +187,14 @@ def _colours() -> Any:
     return colours
 
 
-def _limits(factor: np.ndarray) -> dict[str, float]:
+def _limits(matrix: np.ndarray) -> dict[str, float]:
     """Symmetric colour limits that a few outliers do not set."""
-    limit = float(np.quantile(np.abs(factor), 0.995)) or float(np.abs(factor).max()) or 1.0
+    size = np.abs(matrix[np.isfinite(matrix)])
+    limit = float(np.quantile(size, 0.995)) or float(size.max()) or 1.0
     return {"vmin": -limit, "vmax": limit}
 
 
-def _eigenvalues(factor: np.ndarray) -> np.ndarray:
+def _eigenvalues(parts: list[np.ndarray]) -> np.ndarray:
     """All eigenvalues of all blocks, the largest first."""
-    return np.sort(np.linalg.eigvalsh(factor.astype("float64")).ravel())[::-1]
+    eigenvalues = [np.linalg.eigvalsh(part.astype("float64")) for part in parts]
+    return np.sort(np.concatenate(eigenvalues))[::-1]

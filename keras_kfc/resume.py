@@ -21,6 +21,19 @@ import tensorflow as tf
 from keras_kfc.replicas import count_replicas
 
 _LAYOUT = "layout"
+# Endings of names; longer ones first.
+_ROLES = (
+    "omega_inverse",
+    "gamma_inverse",
+    "omega",
+    "gamma",
+    "weight",
+    "inverted",
+    "second_moment",
+    "momentum",
+    "average",
+    "gradient_accumulator",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +42,18 @@ class StoredState:
 
     Args:
         arrays: Their values, by position.
-        blocks: `[path, omega shape, gamma shape]` of each Kronecker block.
+        roles: What each variable was for.
+        blocks: `[path, kernel, bias, omega shape, gamma shape]` of each Kronecker block,
+            kernel and bias as indices.
         built: Whether the optimizer had been built.
+        loaded_at: Iterations of the optimizer that loaded it, at that time.
     """
 
     arrays: Sequence[np.ndarray]
+    roles: list[str]
     blocks: list[list[Any]]
     built: bool
+    loaded_at: int
 
 
 class ResumableOptimizer(keras.optimizers.Optimizer):
@@ -57,14 +75,15 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         # inverses are due comes to the same.
         with self._distribution_strategy.scope():
             self._average_over_replicas()
-        if self._stored is None:
+        waiting = self._stored if self.has_waiting_state() else None
+        if waiting is None:
             super().save_own_variables(store)
-            layout = {"built": self.built, "blocks": self._block_layout()}
+            layout = {"built": self.built, "roles": self._roles(), "blocks": self._block_layout()}
         else:
             # Nobody has trained with it: what was loaded is stored again.
-            for index, array in enumerate(self._stored.arrays):
+            for index, array in enumerate(waiting.arrays):
                 store[str(index)] = array
-            layout = {"built": self._stored.built, "blocks": self._stored.blocks}
+            layout = {name: getattr(waiting, name) for name in ("built", "roles", "blocks")}
         store[_LAYOUT] = np.frombuffer(json.dumps(layout).encode(), "uint8")
 
     def load_own_variables(self, store) -> None:
@@ -76,13 +95,16 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: If the stored blocks have other shapes than this optimizer's.
         """
+        self._stored = None
         if _LAYOUT not in store.keys():  # noqa: SIM118  (Keras's stores have no `in`)
             self._warn_of_skipping("the stored state is that of another optimizer")
             return
         arrays = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
         layout = json.loads(arrays.pop(_LAYOUT).tobytes())
         stored = StoredState(
-            [arrays[str(i)] for i in range(len(arrays))], layout["blocks"], layout["built"]
+            [arrays[str(i)] for i in range(len(arrays))],
+            **layout,
+            loaded_at=int(self._iterations.numpy()),
         )
         if self.built or not stored.built:
             self._take_stored(stored)
@@ -98,20 +120,26 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         Args:
             variables: The trainable variables.
         """
-        for variable in self.variables:
-            if id(variable) not in self._before_build:
-                self._untrack_variable(variable)
-        self._trainable_variables_indices.clear()
-        self.built = False
-        self.build(variables)
+        stored = self._stored if self.has_waiting_state() else None
+        # A fresh optimizer in the place of this one: TensorFlow saves no object whose
+        # tracked lists have lost an element.
+        with self._distribution_strategy.scope():
+            fresh = type(self).from_config(self.get_config())
+            self.__dict__.update(fresh.__dict__)
+            self._stored = stored
+            self.build(variables)
 
     def kernels_with_blocks(self) -> set[int]:
         """Identities of the kernels that have a Kronecker block."""
         return {id(self._trainable_variables[block.kernel]) for block in self.blocks}
 
     def has_waiting_state(self) -> bool:
-        """Whether state was loaded that waits for the layers it belongs to."""
-        return self._stored is not None
+        """Whether state was loaded that waits for the layers it belongs to.
+
+        Whoever has trained since does without it.
+        """
+        stored = self._stored
+        return stored is not None and stored.loaded_at == int(self._iterations.numpy())
 
     def _take_waiting_state(self) -> None:
         """Takes over, after `build`, what was loaded before it."""
@@ -141,15 +169,24 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
                 f"{len(stored.blocks)} blocks"
             )
             return
-        for (path, *shapes), (stored_path, *stored_shapes) in zip(
+        for (path, *layout), (stored_path, *stored_layout) in zip(
             self._block_layout(), stored.blocks, strict=False
         ):
-            if shapes != stored_shapes:
+            if layout != stored_layout:
                 raise ValueError(
                     f"The stored state of optimizer '{self.name}' belongs to other layers or "
-                    f"settings. Expected factors of shape {shapes} for layer {path}. Received: "
-                    f"factors of shape {stored_shapes} of layer {stored_path}"
+                    f"settings. Expected kernel, bias and shapes of the factors {layout} for layer "
+                    f"{path}. Received: {stored_layout} of layer {stored_path}"
                 )
+        roles = [_role(variable) for variable in variables]
+        if roles != stored.roles:
+            ours, theirs = next(
+                pair for pair in zip(roles, stored.roles, strict=True) if pair[0] != pair[1]
+            )
+            raise ValueError(
+                f"The stored state of optimizer '{self.name}' belongs to other settings. Expected "
+                f"a variable for {ours}. Received: one for {theirs}"
+            )
         for variable, array in zip(variables, stored.arrays, strict=True):
             if tuple(variable.shape) != array.shape:
                 raise ValueError(
@@ -171,14 +208,24 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         return [
             [
                 block.path,
+                block.kernel,
+                block.bias,
                 list(block.partition.omega_shape),
                 list(block.partition.gamma_shape),
             ]
             for block in self.blocks
         ]
 
+    def _roles(self) -> list[str]:
+        return [_role(variable) for variable in self.variables]
+
     def _warn_of_skipping(self, reason: str) -> None:
         warnings.warn(
             f"Skipping variable loading for optimizer '{self.name}', because {reason}.",
             stacklevel=4,
         )
+
+
+def _role(variable: keras.Variable) -> str:
+    """What a variable of the optimizer is for: its name without that of its layer."""
+    return next((role for role in _ROLES if variable.name.endswith(role)), variable.name)

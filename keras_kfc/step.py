@@ -91,7 +91,9 @@ class PreconditionedStep(ResumableOptimizer):
                 for i, d in directions.items()
             ]
         )
-        usable = all_finite([quadratic, *gradients.values()])
+        # The fallback rule keeps squares, which may overflow where the gradient does not.
+        squares = [tf.square(g) for i, g in gradients.items() if i not in directions]
+        usable = all_finite([quadratic, *gradients.values(), *squares])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update():

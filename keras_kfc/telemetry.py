@@ -54,6 +54,6 @@ class StepTelemetry:
 
 
 def _norm(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Norm over all entries of all tensors, float32, without overflow in between."""
+    """Norm over all entries of all tensors, float32."""
     norms = [tf.cast(tf.norm(tf.cast(t, tf.float32)), tf.float32) for t in tensors]
     return tf.norm(tf.stack(norms)) if norms else tf.zeros(())

@@ -5,10 +5,6 @@ Grosse & Martens (2016); none of them calls the package.
 """
 
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -30,16 +26,6 @@ def eager_functions():
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
-
-
-def run_python(program, *arguments):
-    """Runs a program in a process of its own, which can import the modules beside this one."""
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
 
 
 def output_geometry(size, kernel, stride, padding, dilation):

@@ -191,3 +191,46 @@ def test_without_blocks_no_step_is_shortened():
     model = nets.conv_net(keras.layers)
     model.compile(KFC(), LOSS)
     assert fit(model, callbacks=[CurvatureMonitor()]).history["trust_scale"] == [1.0, 1.0]
+
+
+def test_spectra_of_cut_factors_leave_out_the_rows_that_fill_them_up():
+    """Seven outputs and seven inputs in parts of four: the last part has three rows."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((7,)), keras_kfc.layers.Dense(7, name="cut")])
+    model.compile(KFC(max_factor_dim=4, fisher="exact", factor_decay=0.0), "mse")
+    x = np.random.default_rng(0).normal(size=(32, 7)).astype("float32")
+    history = model.fit(
+        x, x, batch_size=32, verbose=0, callbacks=[CurvatureMonitor("extremes")]
+    ).history
+    (block,) = model.optimizer.blocks
+    # Squared error: gamma is a multiple of the identity.
+    high, low = history["sequential/cut/gamma_max"][0], history["sequential/cut/gamma_min"][0]
+    assert low == pytest.approx(high, rel=1e-4)
+    assert history["sequential/cut/gamma_condition"][0] == pytest.approx(1, rel=1e-4)
+    parts = [np.column_stack([x[:, :3], np.ones(32)]), x[:, 3:6], x[:, 6:]]
+    assert block.partition.omega_rows.sum() == 8
+    eigenvalues = np.concatenate([np.linalg.eigvalsh(part.T @ part / 32) for part in parts])
+    assert history["sequential/cut/omega_min"][0] == pytest.approx(eigenvalues.min(), rel=1e-4)
+    assert history["sequential/cut/omega_max"][0] == pytest.approx(eigenvalues.max(), rel=1e-4)
+
+
+class Twins(keras.Model):
+    """Two layers of one name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = keras_kfc.layers.Dense(3, name="twin")
+        self.second = keras_kfc.layers.Dense(3, name="twin")
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
+def test_layers_of_one_path_have_numbers_of_their_own(tmp_path):
+    model = Twins()
+    model.compile(KFC(), "mse")
+    x = np.ones((8, 3), "float32")
+    history = model.fit(x, x, verbose=0, callbacks=[CurvatureMonitor()]).history
+    assert sum(name.endswith("omega_condition") for name in history) == 2
+    files = keras_kfc.pictures.draw_factors(model, tmp_path)
+    assert len(set(files)) == 2 and all(file.is_file() for file in files)

@@ -265,3 +265,18 @@ def test_low_rank_adapters_train_by_the_fallback_rule_on_a_frozen_kernel():
     np.testing.assert_array_equal(model.get_layer("dense")._kernel.numpy(), kernel)
     assert np.abs(model.get_layer("dense").lora_kernel_b.numpy()).max() > 0
     assert [block.path.split("/")[-1] for block in model.optimizer.blocks] == ["conv"]
+
+
+@pytest.mark.parametrize("prepare", [keras_kfc.instrument, lambda model: model])
+def test_a_quantisation_that_fails_leaves_the_layer_instrumented(prepare):
+    model = prepare(
+        nets.conv_net(keras.layers if prepare is keras_kfc.instrument else keras_kfc.layers)
+    )
+    nets.train(model, KFC(), steps=1)
+    with pytest.raises(ValueError):
+        model.get_layer("dense").quantize("nonsense")
+    with pytest.raises(ValueError):
+        # Refused only once the layer is being quantised.
+        model.get_layer("dense").quantize("gptq")
+    assert len(keras_kfc.coverage(model).covered) == 2
+    model.train_on_batch(*nets.image_batch(7))

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from conftest import run_python
+from helpers import run_python
 
 # Trains with every source of random numbers, and writes weights and optimizer state.
 SCRIPT = """

@@ -13,10 +13,10 @@ import onnx
 import onnxruntime
 import pytest
 import tensorflow as tf
+from helpers import run_python
 from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_kfc
-from conftest import run_python
 
 # Serves what is in the folders given, where keras_kfc cannot be imported.
 SERVE = """

@@ -213,7 +213,9 @@ def test_changing_layers_after_the_optimizer_was_built_is_told(caplog):
     assert "Compile the model again" in caplog.text
     train(model, keras_kfc.KFC(), steps=1)
     keras_kfc.strip(model)
-    with pytest.raises(ValueError, match=r"was stripped after the optimizer was built"):
+    with pytest.raises(
+        ValueError, match=r"was stripped or quantised after the optimizer was built"
+    ):
         model.fit(*image_batch(), verbose=0)
 
 

@@ -3,6 +3,7 @@
 import keras
 import nets
 import pytest
+import tensorflow as tf
 
 import keras_kfc
 from keras_kfc import KFC
@@ -59,3 +60,18 @@ def test_an_optimizer_without_variables_says_what_it_needs():
         KFC().memory_usage()
     with pytest.raises(TypeError, match=r"`variables` must be a list.*Received: variables="):
         KFC().memory_usage(nets.conv_net())
+
+
+def test_a_built_optimizer_tells_what_it_holds_whatever_became_of_the_layers():
+    model = nets.conv_net()
+    optimizer = KFC()
+    optimizer.build(model.trainable_variables)
+    keras_kfc.strip(model)
+    assert optimizer.memory_usage().total == really_taken(optimizer)
+
+
+def test_plain_variables_of_tensorflow_count():
+    variable = tf.Variable(tf.zeros((3, 4)))
+    optimizer = KFC()
+    optimizer.build([variable])
+    assert optimizer.memory_usage().total == really_taken(optimizer)

@@ -4,11 +4,11 @@ import keras
 import nets
 import numpy as np
 import pytest
+from helpers import run_python
 from matplotlib import image
 
 import keras_kfc
-from conftest import run_python
-from keras_kfc.pictures import _block_diagonal, draw_factors
+from keras_kfc.pictures import _block_diagonal, _that_fit, draw_factors
 
 
 def trained(**kwargs):
@@ -66,7 +66,12 @@ def test_blocks_stand_on_the_diagonal():
     blocks = np.arange(8.0).reshape(2, 2, 2)
     nothing = np.full((2, 2), np.nan)
     expected = np.block([[blocks[0], nothing], [nothing, blocks[1]]])
-    np.testing.assert_array_equal(_block_diagonal(blocks), expected)
+    np.testing.assert_array_equal(_block_diagonal(list(blocks)), expected)
+
+
+def test_only_the_first_of_very_many_rows_are_shown():
+    assert len(_that_fit([np.zeros((2000, 1))] * 13)) == 2
+    assert len(_that_fit([np.zeros((9000, 1))])) == 1
 
 
 def test_the_callback_draws_every_so_many_epochs(tmp_path):

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from conftest import run_python
+from helpers import run_python
 
 # Runs one case with one replica and with two, and prints the largest differences.
 SCRIPT = '''
@@ -135,6 +134,22 @@ def draws():
     return difference(*([copy] for copy in strategy.experimental_local_results(gamma)))
 
 
+def rebuilt():
+    """`instrument` outside of the strategy's scope, on an optimizer that is built."""
+    weights = []
+    for late in (False, True):
+        model = compiled(two_replicas(), lambda: KFC(**PERIODS, fisher="exact"))
+        if late:
+            keras_kfc.strip(model)
+            with model.distribute_strategy.scope():
+                model.compile(KFC(**PERIODS, fisher="exact"), "sparse_categorical_crossentropy")
+                model.optimizer.build(model.trainable_variables)
+            keras_kfc.instrument(model)
+        fit(model, 2)
+        weights.append(model.get_weights())
+    return difference(*weights)
+
+
 def refused():
     strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"], "CPU:0")
     try:
@@ -178,6 +193,7 @@ def result_of(case, tmp_path):
         ("empirical", 1e-4),
         ("own_loss", 1e-4),
         ("resumed", 1e-5),
+        ("rebuilt", 1e-5),
     ],
 )
 def test_two_replicas_train_as_one_device(case, tolerance, tmp_path):

@@ -11,9 +11,9 @@ import nets
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import run_python
 
 import keras_kfc
-from conftest import run_python
 
 SEED = 11
 
@@ -185,6 +185,69 @@ def test_state_of_layers_in_a_class_of_ones_own_waits_for_instrument(tmp_path):
     fit(keras_kfc.instrument(loaded), 4, first=2)
     assert len(loaded.optimizer.blocks) == 2
     assert_same_state(loaded, expected)
+    # An optimizer that was built again can be saved in every way.
+    tf.train.Checkpoint(model=loaded, optimizer=loaded.optimizer).save(tmp_path / "ckpt")
+    loaded.export(tmp_path / "export", verbose=False)
+    loaded.save(tmp_path / "end.keras")
+
+
+def test_state_that_waits_does_not_undo_training_without_it():
+    source, model = own_model(), own_model()
+    fit(source, 2)
+    keras_kfc.strip(model)
+    model.compile(default_optimizer(), "sparse_categorical_crossentropy")
+    fit(model, 1)
+    with pytest.warns(UserWarning, match="instrument"):
+        model.optimizer.load_own_variables(stored_state(source.optimizer))
+    fit(model, 1)
+    steps = int(model.optimizer.iterations)
+    assert steps == 6
+    assert int(stored_state(model.optimizer)["0"]) == steps
+    keras_kfc.instrument(model)
+    assert int(model.optimizer.iterations) == steps
+
+
+def test_the_last_state_that_was_loaded_counts():
+    trained, fresh = compiled(), compiled(optimizer=keras_kfc.KFC(seed=9))
+    fit(trained, 1)
+    model = compiled()
+    model.optimizer.load_own_variables(stored_state(trained.optimizer))
+    model.optimizer.load_own_variables(stored_state(fresh.optimizer))
+    model.optimizer.build(model.trainable_variables)
+    assert int(model.optimizer._draw_seed) == 9 and int(model.optimizer.iterations) == 0
+
+
+def decaying():
+    return keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "message"),
+    [
+        ({"damping": decaying()}, {"learning_rate": decaying()}, "a variable for damping"),
+        ({"gradient_accumulation_steps": 2}, {"use_ema": True}, "a variable for average"),
+    ],
+)
+def test_variables_of_another_meaning_are_refused(stored, own, message):
+    """Their number and shapes are equal."""
+    first, second = (compiled(optimizer=default_optimizer(**kw)) for kw in (stored, own))
+    for model in (first, second):
+        model.optimizer.build(model.trainable_variables)
+    assert len(first.optimizer.variables) == len(second.optimizer.variables)
+    with pytest.raises(ValueError, match=message):
+        second.optimizer.load_own_variables(stored_state(first.optimizer))
+
+
+def test_blocks_of_other_layers_of_the_same_shape_are_refused():
+    def excluding(name):
+        layers = [keras.layers.Dense(4, name=each) for each in ("a", "b")]
+        model = keras_kfc.instrument(keras.Sequential([keras.Input((4,)), *layers]), exclude=[name])
+        model.compile(default_optimizer(), "mse")
+        model.optimizer.build(model.trainable_variables)
+        return model.optimizer
+
+    with pytest.raises(ValueError, match="other layers or settings"):
+        excluding("b").load_own_variables(stored_state(excluding("a")))
 
 
 def test_a_model_checkpoint_of_the_second_epoch_resumes(uninterrupted, tmp_path):
@@ -296,7 +359,7 @@ def test_state_of_other_settings_is_refused_and_changes_nothing(tmp_path):
     fresh = compiled(optimizer=default_optimizer(max_factor_dim=32))
     fresh.optimizer.build(fresh.trainable_variables)
     before = [variable.numpy() for variable in fresh.optimizer.variables]
-    with pytest.raises(ValueError, match=r"shape .* for layer .*dense"):
+    with pytest.raises(ValueError, match=r"shapes of the factors .* for layer .*dense"):
         fresh.optimizer.load_own_variables(stored_state(model.optimizer))
     for variable, value in zip(fresh.optimizer.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)

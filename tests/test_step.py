@@ -91,3 +91,14 @@ def test_fallback_rule_is_free_of_scale(scale):
     actual = adam_step(scale * gradient, zeros, zeros, corrections, rate)[0]
     assert relative_error(actual, expected) < 1e-12
     assert float(expected[0]) == 0.0
+
+
+def test_a_gradient_whose_square_overflows_freezes_no_variable():
+    """The fallback rule keeps squares: one that is infinite would stop the variable for good."""
+    variable = keras.Variable(np.ones(4, "float32"))
+    optimizer = keras_kfc.KFC()
+    optimizer.apply([tf.constant([1e21, 1.0, 1.0, 1.0])], [variable])
+    assert int(optimizer.skipped_steps) == 1
+    np.testing.assert_array_equal(variable.numpy(), np.ones(4))
+    optimizer.apply([tf.ones(4)], [variable])
+    assert (variable.numpy() < 1).all()
