@@ -105,16 +105,6 @@ def test_two_epochs_and_two_more_are_four(way, uninterrupted, tmp_path):
     assert_same_state(resumed, uninterrupted)
 
 
-def test_a_fresh_optimizer_would_show(uninterrupted):
-    """Negative control: without the optimizer's state the two trainings differ."""
-    model = compiled()
-    fit(model, 2)
-    model.compile(optimizer=default_optimizer(), loss="sparse_categorical_crossentropy")
-    fit(model, 4, first=2)
-    with pytest.raises(AssertionError):
-        assert_same_state(model, uninterrupted)
-
-
 def test_another_seed_would_show(uninterrupted, tmp_path):
     """Negative control: the random draws matter."""
     model = compiled()
