@@ -20,6 +20,7 @@ def compiled(optimizer=None, **kwargs):
     keras.backend.clear_session(free_memory=False)
     model = nets.conv_net()
     model.compile(KFC(seed=3) if optimizer is None else optimizer, LOSS, **kwargs)
+    nets.build_optimizer(model)
     return model
 
 

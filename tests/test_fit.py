@@ -28,6 +28,7 @@ def compiled(optimizer=None, **kwargs):
     )
     optimizer = KFC(seed=3, inverse_update_period=3) if optimizer is None else optimizer
     model.compile(optimizer, LOSS, **kwargs)
+    nets.build_optimizer(model)
     return model
 
 

@@ -29,6 +29,7 @@ def branch(name, seed):
 
 def train(model, x, y, steps=5, loss=LOSS, **compiled):
     model.compile(KFC(**SETTINGS), loss, **compiled)
+    nets.build_optimizer(model)
     for _ in range(steps):
         model.train_on_batch(x, y)
     return nets.flat_weights(model)

@@ -43,6 +43,7 @@ def fitted(optimizer=None, model=None, size=16, epochs=1, **compiled):
     """The model after some steps."""
     model = net() if model is None else model
     model.compile(kfc() if optimizer is None else optimizer, LOSS, **compiled)
+    nets.build_optimizer(model)
     x, y = batches()
     model.fit(x, y, batch_size=size, epochs=epochs, shuffle=False, verbose=0)
     return model

@@ -22,6 +22,7 @@ def compiled(optimizer=None, policy="float32", **kwargs):
     model.set_weights([0.1 * rng.normal(size=w.shape) for w in model.get_weights()])
     optimizer = KFC(fisher="exact") if optimizer is None else optimizer
     model.compile(optimizer, LOSS, **kwargs)
+    nets.build_optimizer(model)
     return model
 
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from nets import conv_net, conv_stack, flat_weights, image_batch
+from nets import build_optimizer, conv_net, conv_stack, flat_weights, image_batch
 
 import keras_kfc
 from conftest import relative_error
@@ -15,6 +15,7 @@ def compiled(model=None, loss="sparse_categorical_crossentropy", **options):
     model = conv_net(batch_norm=False) if model is None else model
     periods = {"factor_update_period": 1, "inverse_update_period": 1, "seed": 3}
     model.compile(optimizer=keras_kfc.KFC(**{**periods, **options}), loss=loss)
+    build_optimizer(model)
     return model
 
 

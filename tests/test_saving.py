@@ -38,6 +38,7 @@ def default_optimizer(**kwargs):
 def fit(model, epochs, first=0, **kwargs):
     """Three batches an epoch, in one order, so that epochs do not end on a due step."""
     images, labels = nets.image_batch(36)
+    nets.build_optimizer(model)
     return model.fit(
         images,
         labels,
