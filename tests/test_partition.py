@@ -194,3 +194,21 @@ def test_a_limit_that_no_factor_reaches_changes_nothing(caplog):
         weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
     np.testing.assert_allclose(weights[1], weights[0], atol=1e-6)
     assert "diagonal blocks" not in caplog.text
+
+
+@pytest.mark.parametrize("max_dim", [None, 20, 11])
+@pytest.mark.parametrize("kind", ["convolution", "grouped", "dense"])
+def test_rows_that_fill_up_are_those_without_any_data(kind, max_dim):
+    rng = np.random.default_rng(0)
+    if kind == "dense":
+        layer, shape = keras_kfc.layers.Dense(13), (7, 29)
+    else:
+        groups = 2 if kind == "grouped" else 1
+        layer, shape = keras_kfc.layers.Conv2D(14, 2, groups=groups), (7, 5, 5, 14)
+    inputs = tf.constant(rng.uniform(0.1, 1, size=shape).astype("float32"))
+    derivatives = tf.ones_like(layer(inputs))
+    partition = partition_of(layer.kronecker_geometry, True, max_dim)
+    omega = partition.omega([inputs], tf.constant(7)).numpy()
+    gamma = partition.gamma([derivatives]).numpy()
+    for factor, rows in ((omega, partition.omega_rows), (gamma, partition.gamma_rows)):
+        np.testing.assert_array_equal(np.abs(factor).sum(-1) > 1e-6, rows)
