@@ -7,7 +7,8 @@ import struct
 
 import numpy as np
 
-FASHION_FILES = (
+# MNIST and Fashion-MNIST have the same format and file names.
+IDX_FILES = (
     "train-images-idx3-ubyte.gz",
     "train-labels-idx1-ubyte.gz",
     "t10k-images-idx3-ubyte.gz",
@@ -26,7 +27,7 @@ class ImageData:
     """Images and labels, split into training and test set.
 
     Attributes:
-        train_images: `(N, H, W, 1)` float32, standardised with the training set's moments.
+        train_images: `(N, H, W, C)` float32, standardised with the training set's moments.
         train_labels: `(N,)` int64.
         test_images: As `train_images`.
         test_labels: As `train_labels`.
@@ -54,9 +55,9 @@ def load_digits() -> ImageData:
     from sklearn.datasets import load_digits as sklearn_digits
 
     images, labels = sklearn_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8)
+    images = images.reshape(-1, 8, 8, 1)
     held_out = np.arange(len(images)) % 5 == 4
-    return _standardise(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+    return standardise(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
 
 
 def load_fashion_mnist(data_dir: str | None = None) -> ImageData:
@@ -69,29 +70,46 @@ def load_fashion_mnist(data_dir: str | None = None) -> ImageData:
     Raises:
         DataError: If a file is missing or broken, or the download fails.
     """
+    return _load_idx("Fashion-MNIST", "fashion_mnist", data_dir)
+
+
+def load_mnist(data_dir: str | None = None) -> ImageData:
+    """MNIST: 60,000 training and 10,000 test images of handwritten digits of 28x28 pixels.
+
+    Args:
+        data_dir: As for `load_fashion_mnist`.
+
+    Raises:
+        DataError: If a file is missing or broken, or the download fails.
+    """
+    return _load_idx("MNIST", "mnist", data_dir)
+
+
+def _load_idx(name: str, keras_name: str, data_dir: str | None) -> ImageData:
     if data_dir is not None:
         folder = pathlib.Path(data_dir)
-        arrays = [read_idx(folder / name) for name in FASHION_FILES]
+        arrays = [read_idx(folder / name) for name in IDX_FILES]
         for i in (0, 2):
             if len(arrays[i]) != len(arrays[i + 1]) or arrays[i].shape[1:] != (28, 28):
                 raise DataError(
-                    f"The files {folder / FASHION_FILES[i]} and {folder / FASHION_FILES[i + 1]} "
+                    f"The files {folder / IDX_FILES[i]} and {folder / IDX_FILES[i + 1]} "
                     f"should hold images of 28x28 pixels and as many labels but hold arrays of "
                     f"shape {arrays[i].shape} and {arrays[i + 1].shape}: {_ADVICE}."
                 )
-        return _standardise(*arrays)
-    import keras
+        train_images, train_labels, test_images, test_labels = arrays
+    else:
+        import keras
 
-    try:
-        (train_images, train_labels), (test_images, test_labels) = (
-            keras.datasets.fashion_mnist.load_data()
-        )
-    except Exception as error:  # whatever a failed download raises
-        raise DataError(
-            "Fashion-MNIST could not be downloaded: connect to the internet, or pass "
-            f"--data-dir with a folder that holds {', '.join(FASHION_FILES)} ({error})."
-        ) from error
-    return _standardise(train_images, train_labels, test_images, test_labels)
+        try:
+            (train_images, train_labels), (test_images, test_labels) = getattr(
+                keras.datasets, keras_name
+            ).load_data()
+        except Exception as error:  # whatever a failed download raises
+            raise DataError(
+                f"{name} could not be downloaded: connect to the internet, or pass "
+                f"--data-dir with a folder that holds {', '.join(IDX_FILES)} ({error})."
+            ) from error
+    return standardise(train_images[..., None], train_labels, test_images[..., None], test_labels)
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
@@ -128,12 +146,23 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _standardise(train_images, train_labels, test_images, test_labels) -> ImageData:
+def standardise(train_images, train_labels, test_images, test_labels) -> ImageData:
+    """Images with zero mean and unit variance in each channel, by the training set's moments.
+
+    Args:
+        train_images: `(N, H, W, C)`.
+        train_labels: `(N,)`.
+        test_images: As `train_images`.
+        test_labels: As `train_labels`.
+
+    Returns:
+        The data set.
+    """
     train = train_images.astype("float32")
-    mean, deviation = train.mean(), train.std()
+    mean, deviation = train.mean(axis=(0, 1, 2)), train.std(axis=(0, 1, 2))
     return ImageData(
-        ((train - mean) / deviation)[..., None],
+        (train - mean) / deviation,
         train_labels.astype("int64"),
-        ((test_images.astype("float32") - mean) / deviation)[..., None],
+        (test_images.astype("float32") - mean) / deviation,
         test_labels.astype("int64"),
     )

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from examples import custom_loop, quickstart
 from examples.comparison import Run, best
-from examples.data import FASHION_FILES, DataError, load_digits, load_fashion_mnist, read_idx
+from examples.data import IDX_FILES, DataError, load_digits, load_fashion_mnist, read_idx
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -31,7 +31,7 @@ def fashion_folder(tmp_path):
     folder = tmp_path / "fashion"
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for name in FASHION_FILES:
+    for name in IDX_FILES:
         count = 40 if name.startswith("train") else 20
         labels = np.arange(count) % 10
         array = labels

@@ -1,0 +1,246 @@
+"""Training with KFC against tuned baselines, in iterations and in seconds.
+
+Run as `python -m benchmarks.training --task DATA/NETWORK --data-dir DIR`; `--help` lists the
+options. First every baseline is tuned on the first seed (`benchmarks.search`). Then, seed by
+seed, all optimizers train from the same initial weights on the same batches, taking turns
+between the measurements, so that a machine that slows down slows all alike. The clock runs
+during training steps only. Each run is a JSON file under `--output`; what is there already
+is not run again. Tables go to the screen and to `summary.md`, curves to `curves.png`.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import curves
+from benchmarks.harness import OUTPUT, describe_machine
+from benchmarks.runs import Run, Trainer, optimizer_of, schedule
+from benchmarks.search import FAMILIES, search
+from benchmarks.tasks import DATA, NETWORKS, Task, task_of
+from examples.data import DataError
+
+# Training losses that the tables tell the iterations and seconds to.
+TARGETS = {"autoencoder": (0.3, 0.28), "small-autoencoder": (0.18, 0.15)}
+CLASSIFIER_TARGETS = (0.25, 0.15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a run may use up.
+
+    Args:
+        iterations: Number of iterations.
+        seconds: Seconds of training, or None for no limit.
+    """
+
+    iterations: int
+    seconds: float | None = None
+
+
+class Laboratory:
+    """Trains on one task and keeps every run in a file.
+
+    Args:
+        task: The task.
+        batch_size: Mini-batch size.
+        budget: What each run may use up.
+        folder: Folder of the files.
+        progress: Progress display.
+    """
+
+    def __init__(
+        self, task: Task, batch_size: int, budget: Budget, folder: pathlib.Path, progress: Progress
+    ):
+        self._task, self._batch_size, self._budget = task, batch_size, budget
+        self._folder, self._progress = folder, progress
+        self._machine = describe_machine()
+
+    def tune(self, name: str, seed: int, targets: Sequence[float]) -> tuple[str, list[Any]]:
+        """Finds the best setting of an optimizer, and the whole grid; see `search`."""
+
+        def train(setting: str) -> Run:
+            (run,) = self.train([setting], seed, part="grid", until=targets[-1])
+            return run
+
+        return search(FAMILIES[name], train, targets)
+
+    def train(
+        self,
+        settings: Sequence[str],
+        seed: int,
+        part: str = "runs",
+        until: float | None = None,
+        grids: dict[str, list[Any]] | None = None,
+    ) -> list[Run]:
+        """Trains with several optimizers in turns, except those whose run is kept already.
+
+        Args:
+            settings: The optimizers.
+            seed: The seed.
+            part: Folder of the runs.
+            until: Training loss at which a run ends before its budget, or None.
+            grids: The grid that a setting was chosen from, to be kept with its run.
+
+        Returns:
+            The runs, one for each setting.
+        """
+        paths = {setting: self._path(part, setting, seed, until) for setting in settings}
+        missing = [setting for setting, path in paths.items() if not path.exists()]
+        trainers = [Trainer(self._task, setting, self._batch_size, seed) for setting in missing]
+        for trainer in trainers:
+            trainer.start()
+        title = missing[0] if len(missing) == 1 else f"seed {seed}, {len(missing)} optimizers"
+        marks = schedule(self._budget.iterations)[1:] if trainers else []
+        bar = self._progress.add_task(title, total=self._budget.iterations) if marks else None
+        active = trainers
+        for turn, mark in enumerate(marks):
+            # Each starts as often as any other.
+            shift = turn % len(active)
+            for trainer in active[shift:] + active[:shift]:
+                trainer.advance(mark)
+            active = [trainer for trainer in active if not self._done(trainer.run, until)]
+            if bar is not None:
+                self._progress.update(bar, completed=mark)
+            if not active:
+                break
+        if bar is not None:
+            self._progress.remove_task(bar)
+        for trainer in trainers:
+            setting = trainer.run.setting
+            more = {"machine": self._machine, "budget": dataclasses.asdict(self._budget)}
+            if grids and setting in grids:
+                more["grid"] = grids[setting]
+            trainer.run.save(paths[setting], **more)
+        return [Run.load(path) for path in paths.values()]
+
+    def _done(self, run, until):
+        limit = self._budget.seconds
+        return (
+            run.diverged
+            or (limit is not None and run.seconds[-1] >= limit)
+            or (until is not None and run.losses[-1] <= until)
+        )
+
+    def _path(self, part, setting, seed, until):
+        slug = re.sub(r"[^\w.]+", "-", setting).strip("-")
+        limits = [self._budget.iterations, self._budget.seconds, until]
+        budget = "-".join(f"{limit:g}" for limit in limits if limit is not None)
+        return self._folder / part / f"{slug}-seed-{seed}-budget-{budget}.json"
+
+
+def compare(
+    laboratory: Laboratory,
+    optimizers: Sequence[str],
+    seeds: Sequence[int],
+    targets: Sequence[float],
+) -> dict[str, list[Run]]:
+    """Tunes what is to be tuned, and trains with all optimizers for every seed.
+
+    Args:
+        laboratory: Where to train.
+        optimizers: Keys of `FAMILIES`, or settings such as `KFC()`.
+        seeds: Seeds; the first one is tuned on.
+        targets: Training losses, the last one the lowest.
+
+    Returns:
+        For every optimizer, under the setting it ran with, its runs.
+    """
+    settings, grids = [], {}
+    for name in optimizers:
+        if name in FAMILIES:
+            setting, grids[setting] = laboratory.tune(name, seeds[0], targets)
+        else:
+            setting = name
+        settings.append(setting)
+    settings = list(dict.fromkeys(settings))
+    runs = [laboratory.train(settings, seed, grids=grids) for seed in seeds]
+    return dict(zip(settings, map(list, zip(*runs, strict=True)), strict=True))
+
+
+def progress_display() -> Progress:
+    """A progress bar that counts iterations."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say on what to train, and where results go."""
+    parser.add_argument(
+        "--task",
+        default="fashion-mnist/conv",
+        help=f"DATA/NETWORK, of {', '.join(DATA)} and {', '.join(NETWORKS)} (%(default)s)",
+    )
+    parser.add_argument("--data-dir", help="folder of the data's files; otherwise Keras downloads")
+    parser.add_argument("--examples", type=int, help="number of training examples (all)")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=OUTPUT / "training", help="folder for results"
+    )
+
+
+def task_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Task:
+    """Loads the task that the options name, or ends the program with a sentence."""
+    try:
+        return task_of(arguments.task, arguments.data_dir, arguments.examples)
+    except (ValueError, DataError) as error:
+        parser.error(str(error))
+
+
+def folder_of(arguments: argparse.Namespace, batch_size: int) -> pathlib.Path:
+    """Folder of the results of one task and batch size."""
+    size = "" if arguments.examples is None else f"-{arguments.examples}"
+    return arguments.output / f"{arguments.task.replace('/', '-')}{size}-batch-{batch_size}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_options(parser)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=["KFC()", *FAMILIES],
+        help=f'of {", ".join(FAMILIES)}, or a call such as "KFC(damping=0.3)" (KFC() and all)',
+    )
+    parser.add_argument("--batch-size", type=int, default=256, help="(%(default)s)")
+    parser.add_argument("--iterations", type=int, default=3000, help="budget (%(default)s)")
+    parser.add_argument("--seconds", type=float, help="budget in seconds of training (none)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
+    parser.add_argument("--targets", type=float, nargs="+", help="training losses (by network)")
+    parser.add_argument("--accuracies", type=float, nargs="+", default=[], help="test accuracies")
+    arguments = parser.parse_args(argv)
+    for name in arguments.optimizers:
+        if name not in FAMILIES:
+            try:
+                optimizer_of(name)
+            except ValueError as error:
+                parser.error(str(error))
+    task = task_from(parser, arguments)
+    network = task.name.split("/")[1]
+    targets = arguments.targets or TARGETS.get(network, CLASSIFIER_TARGETS)
+    targets = sorted(targets, reverse=True)
+    folder = folder_of(arguments, arguments.batch_size)
+    with progress_display() as progress:
+        budget = Budget(arguments.iterations, arguments.seconds)
+        laboratory = Laboratory(task, arguments.batch_size, budget, folder, progress)
+        runs = compare(laboratory, arguments.optimizers, arguments.seeds, targets)
+    title = f"{task.name}, batch {arguments.batch_size}"
+    curves.report(runs, title, targets, arguments.accuracies if task.classifies else [], folder)
+
+
+if __name__ == "__main__":
+    main()
