@@ -36,6 +36,12 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+def number_in(family: Family, setting: str) -> float:
+    """The number that a family's template was filled with."""
+    before, after = family.template.split("{}")
+    return float(setting.removeprefix(before).removesuffix(after))
+
+
 def number_of(index: int) -> float:
     """A number of the series 1, 2, 5, 10, 20, ...: the one of index 0 is 1."""
     return float(f"{(1, 2, 5)[index % 3]}e{index // 3}")

@@ -23,6 +23,7 @@ from keras import layers
 
 import keras_kfc
 from benchmarks.harness import in_child_process, interleaved, memory_of_process, report
+from benchmarks.nets import resnet20
 from examples.nets import fashion_net
 
 BATCH_SIZE = 256
@@ -48,27 +49,6 @@ def lenet() -> keras.Model:
             layers.Dense(10, activation="softmax"),
         ]
     )
-
-
-def resnet20() -> keras.Model:
-    """The residual network of 20 layers for 32x32 images, with batch normalisation."""
-
-    def normalised(tensor, filters, stride=1):
-        convolution = layers.Conv2D(filters, 3, strides=stride, padding="same", use_bias=False)
-        return layers.BatchNormalization()(convolution(tensor))
-
-    inputs = keras.Input((32, 32, 3))
-    tensor = layers.ReLU()(normalised(inputs, 16))
-    for stage, filters in enumerate((16, 32, 64)):
-        for block in range(3):
-            stride = 2 if stage and not block else 1
-            branch = layers.ReLU()(normalised(tensor, filters, stride))
-            branch = normalised(branch, filters)
-            if stride > 1:
-                tensor = layers.Conv2D(filters, 1, strides=stride, use_bias=False)(tensor)
-            tensor = layers.ReLU()(layers.Add()([tensor, branch]))
-    outputs = layers.Dense(10, activation="softmax")(layers.GlobalAveragePooling2D()(tensor))
-    return keras.Model(inputs, outputs)
 
 
 def wide_mlp() -> keras.Model:

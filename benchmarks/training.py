@@ -116,7 +116,10 @@ class Laboratory:
             self._progress.remove_task(bar)
         for trainer in trainers:
             setting = trainer.run.setting
-            more = {"machine": self._machine, "budget": dataclasses.asdict(self._budget)}
+            more: dict[str, Any] = {
+                "machine": self._machine,
+                "budget": dataclasses.asdict(self._budget),
+            }
             if grids and setting in grids:
                 more["grid"] = grids[setting]
             trainer.run.save(paths[setting], **more)
@@ -154,7 +157,8 @@ def compare(
     Returns:
         For every optimizer, under the setting it ran with, its runs.
     """
-    settings, grids = [], {}
+    settings: list[str] = []
+    grids: dict[str, list[Any]] = {}
     for name in optimizers:
         if name in FAMILIES:
             setting, grids[setting] = laboratory.tune(name, seeds[0], targets)

@@ -159,9 +159,12 @@ def standardise(train_images, train_labels, test_images, test_labels) -> ImageDa
         The data set.
     """
     train = train_images.astype("float32")
-    mean, deviation = train.mean(axis=(0, 1, 2)), train.std(axis=(0, 1, 2))
+    mean = train.mean(axis=(0, 1, 2), dtype="float64").astype("float32")
+    train -= mean
+    variance = np.mean(np.square(train), axis=(0, 1, 2), dtype="float64")
+    deviation = np.sqrt(variance).astype("float32")
     return ImageData(
-        (train - mean) / deviation,
+        train / deviation,
         train_labels.astype("int64"),
         (test_images.astype("float32") - mean) / deviation,
         test_labels.astype("int64"),

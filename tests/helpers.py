@@ -1,7 +1,9 @@
-"""What test modules need that run programs in processes of their own."""
+"""What test modules share: processes of their own, and data files."""
 
+import gzip
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 
@@ -14,3 +16,10 @@ def run_python(program, *arguments):
         capture_output=True,
         text=True,
     )
+
+
+def write_idx(path, array, kind=8):
+    """Writes an IDX file of bytes, as the makers of MNIST define it."""
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, kind, array.ndim, *array.shape)
+    with gzip.open(path, "wb") as stream:
+        stream.write(header + array.astype("uint8").tobytes())

@@ -3,26 +3,19 @@
 import gzip
 import pathlib
 import shutil
-import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import write_idx
 
 from examples import custom_loop, quickstart
 from examples.comparison import Run, best
 from examples.data import IDX_FILES, DataError, load_digits, load_fashion_mnist, read_idx
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def write_idx(path, array, kind=8):
-    """Writes an IDX file of bytes, as the makers of MNIST define it."""
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, kind, array.ndim, *array.shape)
-    with gzip.open(path, "wb") as stream:
-        stream.write(header + array.astype("uint8").tobytes())
 
 
 @pytest.fixture

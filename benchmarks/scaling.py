@@ -1,0 +1,120 @@
+"""Iterations to a training loss against the batch size, for KFC and for tuned SGD.
+
+Run as `python -m benchmarks.scaling --task DATA/NETWORK --data-dir DIR`; `--help` lists the
+options. The paper's argument for large batches (Grosse & Martens 2016, on distributed
+training): with less noise in the gradient, curvature is what limits the number of
+iterations, so that KFC's keeps falling where SGD's no longer does. At each batch size SGD is tuned
+anew (`benchmarks.search`), starting from the learning rate of the size before. Runs are kept
+as those of `benchmarks.training` are; the table goes to `summary.md`, the curves to
+`scaling.png`.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from benchmarks import curves
+from benchmarks.search import FAMILIES, number_in, search
+from benchmarks.training import (
+    Budget,
+    Laboratory,
+    add_common_options,
+    folder_of,
+    progress_display,
+    task_from,
+)
+
+# Iterations to the target by batch size, None where it was missed; by optimizer.
+Results = Mapping[str, Mapping[int, int | None]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_options(parser)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=["KFC()", "SGD"],
+        help=f'of {", ".join(FAMILIES)}, or a call such as "KFC()" (KFC() and SGD)',
+    )
+    sizes = [64, 256, 1024, 4096]
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=sizes, help="(%(default)s)")
+    parser.add_argument("--target", type=float, default=0.3, help="training loss (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=3000, help="budget (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    arguments = parser.parse_args(argv)
+    task = task_from(parser, arguments)
+    results: dict[str, dict[int, int | None]] = {name: {} for name in arguments.optimizers}
+    chosen: dict[str, dict[int, str]] = {name: {} for name in arguments.optimizers}
+    families = dict(FAMILIES)
+    targets = [arguments.target]
+    with progress_display() as progress:
+        for batch_size in sorted(arguments.batch_sizes):
+            laboratory = Laboratory(
+                task,
+                batch_size,
+                Budget(arguments.iterations),
+                folder_of(arguments, batch_size),
+                progress,
+            )
+
+            def train(setting, laboratory=laboratory):
+                (run,) = laboratory.train([setting], arguments.seed, "grid", until=targets[-1])
+                return run
+
+            for name in arguments.optimizers:
+                setting = name
+                if name in families:
+                    setting, _ = search(families[name], train, targets)
+                    families[name] = dataclasses.replace(
+                        families[name], start=number_in(families[name], setting)
+                    )
+                run = train(setting)
+                hit = run.first_at(loss=arguments.target)
+                results[name][batch_size] = None if hit is None else run.iterations[hit]
+                chosen[name][batch_size] = setting
+    title = f"{task.name}: iterations to training loss {arguments.target:g}"
+    folder = arguments.output / f"{arguments.task.replace('/', '-')}-scaling"
+    folder.mkdir(parents=True, exist_ok=True)
+    curves.write_tables(title, [("By batch size", table_of(results, chosen))], folder)
+    draw(results, title, folder / "scaling.png")
+
+
+def table_of(results: Results, chosen: Mapping[str, Mapping[int, str]]) -> curves.Rows:
+    """One row for each batch size, with the setting where there was a choice."""
+    rows = []
+    for batch_size in next(iter(results.values())):
+        row = {"batch size": f"{batch_size:,}"}
+        for name, by_size in results.items():
+            hit = by_size[batch_size]
+            row[name] = "never" if hit is None else f"{hit:,}"
+            if chosen[name][batch_size] != name:
+                row[f"{name} was"] = chosen[name][batch_size]
+        rows.append(row)
+    return rows
+
+
+def draw(results: Results, title: str, path: pathlib.Path) -> None:
+    """Draws iterations against batch size, both on logarithmic axes, into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    for name, by_size in results.items():
+        reached = {size: hit for size, hit in by_size.items() if hit is not None}
+        axis.plot(list(reached), list(reached.values()), marker="o", label=name)
+    axis.set(xlabel="batch size", ylabel="iterations", title=title)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The training comparison: what it measures, chooses, keeps and shows."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import curves, runs, scaling, search, training
+from benchmarks.runs import Run, Trainer
+from benchmarks.tasks import task_of
+
+
+@pytest.fixture(scope="module")
+def task():
+    return task_of("digits/mlp", examples=200)
+
+
+def run_of(losses, setting="KFC()", seconds=1.0, accuracies=None):
+    """A run that was measured every ten iterations."""
+    iterations = [10 * i for i in range(len(losses))]
+    return Run(
+        "digits/mlp",
+        setting,
+        64,
+        1,
+        0.5,
+        iterations,
+        [seconds * i for i in iterations],
+        list(losses),
+        list(losses),
+        list(accuracies or [1 - loss for loss in losses]),
+    )
+
+
+def test_schedule_grows_by_a_tenth_and_ends_at_the_budget():
+    marks = runs.schedule(1000)
+    assert marks[:3] == [0, 10, 11] and marks[-1] == 1000
+    ratios = np.array(marks[15:-1]) / np.array(marks[14:-2])
+    assert ratios.max() < 1.13
+    assert runs.schedule(5) == [0, 5]
+
+
+def test_all_optimizers_see_the_same_batches_from_the_same_weights(task):
+    class Recorder(Trainer):
+        def _batch(self):
+            batch = super()._batch()
+            self.seen.append(batch[0].numpy())
+            return batch
+
+        seen: list
+
+    recorders = []
+    for setting in ("SGD(0.0)", "Adam(0.0)"):
+        recorder = Recorder(task, setting, 64, seed=3)
+        recorder.seen = []
+        recorder.start()
+        recorder.advance(5)
+        recorders.append(recorder)
+    first, second = recorders
+    for a, b in zip(first.seen, second.seen, strict=True):
+        np.testing.assert_array_equal(a, b)
+    # The batch that was traced with comes again as the first one, and is undone.
+    np.testing.assert_array_equal(first.seen[0], first.seen[1])
+    assert first.run.losses == second.run.losses
+    # 200 examples in batches of 64: three batches, then what is left leads the next epoch.
+    epoch = np.concatenate(first.seen[1:5])[:200]
+    assert len(np.unique(epoch, axis=0)) == len(np.unique(task.train_inputs, axis=0))
+
+
+def test_measured_loss_and_accuracy_are_keras_own(task):
+    trainer = Trainer(task, "SGD(0.1)", 64, seed=1)
+    trainer.start()
+    trainer.advance(4)
+    model = trainer._model
+    model.compile(loss=task.loss, metrics=["accuracy"])
+    loss, accuracy = model.evaluate(task.test_inputs, task.test_targets, verbose=0)
+    assert trainer.run.test_losses[-1] == pytest.approx(loss, rel=1e-4)
+    assert trainer.run.test_accuracies[-1] == pytest.approx(accuracy)
+    assert trainer.run.losses[-1] == pytest.approx(
+        model.evaluate(task.train_inputs, task.train_targets, verbose=0)[0], rel=1e-4
+    )
+    assert trainer.run.losses[-1] < trainer.run.losses[0]
+
+
+def test_starting_leaves_weights_and_state_as_they_were(task):
+    trainer = Trainer(task, "KFC()", 64, seed=1)
+    before = trainer._model.get_weights()
+    trainer.start()
+    for a, b in zip(before, trainer._model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    optimizer = trainer._model.optimizer
+    assert int(optimizer.iterations) == 0
+    assert all(float(np.abs(block.omega).max()) == 0 for block in optimizer.blocks)
+    assert trainer.run.start_up > 0
+
+
+@pytest.mark.parametrize(
+    "setting", ["KFC", "KFC(", "Nothing()", "SGD(x)", "KFC(damping=-1.0)", "SGD(nothing=1)", "1"]
+)
+def test_bad_settings_are_refused(setting, capsys):
+    with pytest.raises(ValueError, match="must be a call of an optimizer"):
+        runs.optimizer_of(setting)
+    with pytest.raises(SystemExit):
+        training.main(["--optimizers", setting])
+    assert "Received" in capsys.readouterr().err
+
+
+def test_search_walks_to_the_best_and_keeps_the_grid():
+    tried = []
+
+    def train(setting):
+        rate = search.number_in(search.FAMILIES["SGD"], setting)
+        tried.append(rate)
+        miss = abs(math.log(rate / 0.5))
+        if rate > 4:
+            return run_of([1.0, math.inf], setting)
+        return run_of([1.0] * (1 + int(10 * miss)) + [0.2], setting)
+
+    best, grid = search.search(search.FAMILIES["SGD"], train, [0.25])
+    assert best == "SGD(0.5, momentum=0.9, nesterov=True)"
+    # From around 0.02 up to a worse neighbour on the other side, each once.
+    assert sorted(tried) == [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    hits = [row["iterations"][0] for row in grid]
+    assert hits[:-1] == sorted(hits[:-1], reverse=True) and hits[-1] > hits[-2]
+
+
+def test_search_prefers_runs_that_reach_more_then_sooner_then_lower():
+    targets = [0.5, 0.2]
+    both, soon, late, low, lost = (
+        run_of([1, 0.5, 0.4, 0.2]),
+        run_of([1, 0.5, 0.5]),
+        run_of([1, 0.8, 0.5, 0.4]),
+        run_of([1, 0.8, 0.5, 0.3]),
+        run_of([1, 0.9, math.inf]),
+    )
+    order = sorted([lost, late, both, low, soon], key=lambda run: search.score(run, targets))
+    assert order == [both, soon, low, late, lost]
+
+
+def test_numbers_of_the_series():
+    assert [search.number_of(i) for i in (-2, -1, 0, 1, 2, 3)] == [0.2, 0.5, 1, 2, 5, 10]
+    for index in range(-12, 6):
+        assert search.index_of(search.number_of(index)) == index
+    with pytest.raises(ValueError, match="Received"):
+        search.index_of(0.03)
+
+
+def test_ratios_are_those_of_medians_and_bounds_where_a_target_was_missed():
+    ours = [run_of([1, 0.2]), run_of([1, 0.5, 0.2]), run_of([1, 0.5, 0.5, 0.2])]
+    theirs = [run_of([1.0] * 10 + [0.2] + [0.2] * 2, seconds=0.5) for _ in range(3)]
+    never = [run_of([1.0] * 8) for _ in range(3)]
+    rows = curves.to_target({"a": ours, "b": theirs, "c": never}, loss=0.25)
+    assert [row["iterations ratio"] for row in rows] == [1, 5, 3.5]
+    assert [row["seconds ratio"] for row in rows] == [1, 2.5, 3.5]
+    assert [row["iterations missed"] for row in rows] == [False, False, True]
+    assert rows[0]["iterations"] == [10, 20, 30]
+    (row,) = curves.to_target({"a": ours}, accuracy=0.8)
+    assert row["iterations"] == [10, 20, 30] and row["test"] == [0.8] * 3
+
+
+def test_the_command_trains_tunes_keeps_and_resumes(tmp_path, monkeypatch, capsys):
+    def options(*optimizers):
+        return [
+            *("--task", "digits/mlp", "--examples", "200", "--batch-size", "50"),
+            *("--iterations", "12", "--seeds", "1", "2", "--targets", "2.0", "0.5"),
+            *("--accuracies", "0.5", "--output", str(tmp_path)),
+            *("--optimizers", *optimizers),
+        ]
+
+    training.main(options("Adam(0.01)", "SGD"))
+    output = capsys.readouterr().out
+    folder = tmp_path / "digits-mlp-200-batch-50"
+    assert "To training loss 0.5" in output and "To test accuracy 0.5" in output
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| Adam(0.01) |" in (folder / "summary.md").read_text()
+    kept = {path: json.loads(path.read_text()) for path in (folder / "runs").iterdir()}
+    assert sorted(content["seed"] for content in kept.values()) == [1, 1, 2, 2]
+    for content in kept.values():
+        assert content["iterations"] == [0, 10, 11, 12]
+        assert len(content["losses"]) == len(content["test_accuracies"]) == 4
+        assert content["machine"]["cores"] and content["budget"]["iterations"] == 12
+        assert ("grid" in content) == content["setting"].startswith("SGD")
+    # What is there is not run again; what is new is.
+    made = []
+    real = training.Trainer
+
+    def watched(task, setting, batch_size, seed):
+        made.append((setting, seed))
+        return real(task, setting, batch_size, seed)
+
+    monkeypatch.setattr(training, "Trainer", watched)
+    next(path for path in kept if "Adam" in path.name and "seed-2" in path.name).unlink()
+    training.main(options("Adam(0.01)", "SGD", "Lion(0.001)"))
+    assert sorted(made) == [("Adam(0.01)", 2), ("Lion(0.001)", 1), ("Lion(0.001)", 2)]
+
+
+def test_a_budget_in_seconds_and_divergence_end_a_run(tmp_path, task):
+    with training.progress_display() as progress:
+        budget = training.Budget(1000, 1e-6)
+        laboratory = training.Laboratory(task, 50, budget, tmp_path, progress)
+        slow, wild = laboratory.train(["SGD(0.01)", "SGD(1e6)"], seed=1)
+    assert slow.iterations == wild.iterations == [0, 10]
+    assert wild.diverged and not slow.diverged
+
+
+def test_scaling_tunes_at_each_batch_size(tmp_path, capsys):
+    scaling.main(
+        [
+            *("--task", "digits/mlp", "--examples", "200", "--batch-sizes", "20", "40"),
+            *("--iterations", "10", "--target", "2.2", "--output", str(tmp_path)),
+            *("--optimizers", "Adam(0.01)", "SGD"),
+        ]
+    )
+    output = capsys.readouterr().out
+    assert "batch size" in output and "SGD was" in output
+    assert (tmp_path / "digits-mlp-scaling" / "scaling.png").read_bytes().startswith(b"\x89PNG")
