@@ -17,8 +17,6 @@ from benchmarks.tasks import Task
 
 # Training loss is measured on so many examples of the training set.
 EVALUATION = 10_000
-# Each measurement comes after a tenth more iterations than the one before.
-GROWTH = 1.1
 
 
 @dataclasses.dataclass
@@ -107,11 +105,11 @@ def optimizer_of(setting: str, seed: int = 1) -> keras.Optimizer:
         ) from error
 
 
-def schedule(budget: int) -> list[int]:
-    """Iterations at which runs are measured: each a tenth more than the one before."""
+def schedule(budget: int, growth: float = 1.1) -> list[int]:
+    """Iterations at which runs are measured: each by a factor later than the one before."""
     marks = [0]
     while marks[-1] < budget:
-        marks.append(min(budget, max(marks[-1] + 1, round(marks[-1] * GROWTH))))
+        marks.append(min(budget, max(marks[-1] + 1, round(marks[-1] * growth))))
     # At the start every iteration would count, which no table needs.
     return [mark for mark in marks if mark == 0 or mark >= min(10, budget)]
 

@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
 
             def train(setting, laboratory=laboratory):
-                (run,) = laboratory.train([setting], arguments.seed, "grid", until=targets[-1])
-                return run
+                return laboratory.try_out(setting, arguments.seed, targets[-1])
 
             for name in arguments.optimizers:
                 setting = name

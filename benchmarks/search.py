@@ -28,7 +28,7 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "KFC-tuned": Family("KFC(kl_clip={})", 5e-4),
+    "KFC-tuned": Family("KFC(kl_clip={})", 2e-4),
     "SGD": Family("SGD({}, momentum=0.9, nesterov=True)", 0.02),
     "Adam": Family("Adam({})", 0.002),
     "AdamW": Family("AdamW({})", 0.002),

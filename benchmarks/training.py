@@ -40,10 +40,24 @@ class Budget:
     Args:
         iterations: Number of iterations.
         seconds: Seconds of training, or None for no limit.
+        tuning_iterations: Number of iterations while settings are tuned, or None for the same.
+        until: Training loss at which a run ends early, or None.
     """
 
     iterations: int
     seconds: float | None = None
+    tuning_iterations: int | None = None
+    until: float | None = None
+
+    def for_tuning(self, until: float) -> "Budget":
+        """The budget of a run that a setting is chosen by, which a target ends."""
+        return Budget(self.tuning_iterations or self.iterations, self.seconds, None, until)
+
+    @property
+    def text(self) -> str:
+        """What the name of a file tells of it."""
+        limits = (self.iterations, self.seconds, self.until)
+        return "-".join(f"{limit:g}" for limit in limits if limit is not None)
 
 
 class Laboratory:
@@ -68,17 +82,19 @@ class Laboratory:
         """Finds the best setting of an optimizer, and the whole grid; see `search`."""
 
         def train(setting: str) -> Run:
-            (run,) = self.train([setting], seed, part="grid", until=targets[-1])
-            return run
+            return self.try_out(setting, seed, targets[-1])
 
         return search(FAMILIES[name], train, targets)
+
+    def try_out(self, setting: str, seed: int, until: float) -> Run:
+        """Trains with one optimizer until a training loss, measured less often."""
+        (run,) = self._train([setting], seed, "grid", self._budget.for_tuning(until), 1.25, {})
+        return run
 
     def train(
         self,
         settings: Sequence[str],
         seed: int,
-        part: str = "runs",
-        until: float | None = None,
         grids: dict[str, list[Any]] | None = None,
     ) -> list[Run]:
         """Trains with several optimizers in turns, except those whose run is kept already.
@@ -86,28 +102,32 @@ class Laboratory:
         Args:
             settings: The optimizers.
             seed: The seed.
-            part: Folder of the runs.
-            until: Training loss at which a run ends before its budget, or None.
             grids: The grid that a setting was chosen from, to be kept with its run.
 
         Returns:
             The runs, one for each setting.
         """
-        paths = {setting: self._path(part, setting, seed, until) for setting in settings}
+        return self._train(settings, seed, "runs", self._budget, 1.1, grids or {})
+
+    def _train(self, settings, seed, part, budget, growth, grids):
+        paths = {
+            setting: self._folder / part / f"{_slug(setting)}-seed-{seed}-budget-{budget.text}.json"
+            for setting in settings
+        }
         missing = [setting for setting, path in paths.items() if not path.exists()]
         trainers = [Trainer(self._task, setting, self._batch_size, seed) for setting in missing]
         for trainer in trainers:
             trainer.start()
         title = missing[0] if len(missing) == 1 else f"seed {seed}, {len(missing)} optimizers"
-        marks = schedule(self._budget.iterations)[1:] if trainers else []
-        bar = self._progress.add_task(title, total=self._budget.iterations) if marks else None
+        marks = schedule(budget.iterations, growth)[1:] if trainers else []
+        bar = self._progress.add_task(title, total=budget.iterations) if marks else None
         active = trainers
         for turn, mark in enumerate(marks):
             # Each starts as often as any other.
             shift = turn % len(active)
             for trainer in active[shift:] + active[:shift]:
                 trainer.advance(mark)
-            active = [trainer for trainer in active if not self._done(trainer.run, until)]
+            active = [trainer for trainer in active if not _done(trainer.run, budget)]
             if bar is not None:
                 self._progress.update(bar, completed=mark)
             if not active:
@@ -118,26 +138,24 @@ class Laboratory:
             setting = trainer.run.setting
             more: dict[str, Any] = {
                 "machine": self._machine,
-                "budget": dataclasses.asdict(self._budget),
+                "budget": dataclasses.asdict(budget),
             }
-            if grids and setting in grids:
+            if setting in grids:
                 more["grid"] = grids[setting]
             trainer.run.save(paths[setting], **more)
         return [Run.load(path) for path in paths.values()]
 
-    def _done(self, run, until):
-        limit = self._budget.seconds
-        return (
-            run.diverged
-            or (limit is not None and run.seconds[-1] >= limit)
-            or (until is not None and run.losses[-1] <= until)
-        )
 
-    def _path(self, part, setting, seed, until):
-        slug = re.sub(r"[^\w.]+", "-", setting).strip("-")
-        limits = [self._budget.iterations, self._budget.seconds, until]
-        budget = "-".join(f"{limit:g}" for limit in limits if limit is not None)
-        return self._folder / part / f"{slug}-seed-{seed}-budget-{budget}.json"
+def _done(run, budget):
+    return (
+        run.diverged
+        or (budget.seconds is not None and run.seconds[-1] >= budget.seconds)
+        or (budget.until is not None and run.losses[-1] <= budget.until)
+    )
+
+
+def _slug(setting):
+    return re.sub(r"[^\w.]+", "-", setting).strip("-")
 
 
 def compare(
@@ -223,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="(%(default)s)")
     parser.add_argument("--iterations", type=int, default=3000, help="budget (%(default)s)")
     parser.add_argument("--seconds", type=float, help="budget in seconds of training (none)")
+    parser.add_argument("--tuning-iterations", type=int, help="budget while tuning (the same)")
+    parser.add_argument("--until", type=float, help="training loss that ends a run early (none)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
     parser.add_argument("--targets", type=float, nargs="+", help="training losses (by network)")
     parser.add_argument("--accuracies", type=float, nargs="+", default=[], help="test accuracies")
@@ -239,7 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     targets = sorted(targets, reverse=True)
     folder = folder_of(arguments, arguments.batch_size)
     with progress_display() as progress:
-        budget = Budget(arguments.iterations, arguments.seconds)
+        budget = Budget(
+            arguments.iterations, arguments.seconds, arguments.tuning_iterations, arguments.until
+        )
         laboratory = Laboratory(task, arguments.batch_size, budget, folder, progress)
         runs = compare(laboratory, arguments.optimizers, arguments.seeds, targets)
     title = f"{task.name}, batch {arguments.batch_size}"

@@ -43,8 +43,9 @@ class KFC(FactorUpdates):
         p ← μ p + v
         θ ← θ + μ p + v    (θ ← θ + p without Nesterov momentum)
 
-    Updates that have a period are due more often at the start, at steps 1, 2, 4,
-    8, ... below it. `ν` is estimated as `v · (-α D)`, summed over layers. Both the
+    Updates that have a period are due more often at the start: in each of the first 8
+    steps, in every second of the next 8, in every fourth of the next 16, and so on, up to
+    the period. `ν` is estimated as `v · (-α D)`, summed over layers. Both the
     damping and the trust region are free of scale by default: `λ` is `damping`
     times the mean eigenvalue of the layer's own block, and `C` is `kl_clip` times
     a moving average of the loss. A constant factor on the loss then changes nothing.
@@ -68,11 +69,11 @@ class KFC(FactorUpdates):
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov
             damping `λ`, in units of the mean eigenvalue of the layer's block
             (absolute if `scale_free=False`). Can be read and set during
-            training. Defaults to `0.2`.
+            training. Defaults to `0.3`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether to use Nesterov momentum. Defaults to `True`.
         kl_clip: Bound `C` of the trust region, in units of the loss (absolute if
-            `scale_free=False`), or None for no trust region. Defaults to `5e-4`.
+            `scale_free=False`), or None for no trust region. Defaults to `2e-4`.
         fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the
             model's own prediction (as the paper does), `"empirical"` takes the
             training targets, `"exact"` sums over all classes or outputs, one
@@ -151,10 +152,10 @@ class KFC(FactorUpdates):
     def __init__(
         self,
         learning_rate=0.05,
-        damping=0.2,
+        damping=0.3,
         momentum=0.9,
         nesterov=True,
-        kl_clip=5e-4,
+        kl_clip=2e-4,
         fisher="sampled",
         factor_decay=0.95,
         factor_update_period=10,

@@ -151,13 +151,19 @@ class PreconditionedStep(ResumableOptimizer):
     def _is_due(self, period):
         """Whether something with this period is due now, a boolean scalar.
 
-        At the start of training curvature changes within a few steps, and with
-        inverses of the very first step the trust region lets steps pass that are
-        far too long. So what has a period is due at steps 1, 2, 4, 8, ... below it, too.
+        At the start of training curvature changes within a few steps. With inverses of the
+        very first ones the trust region lets steps pass that are far too long, and what they
+        do to the weights is not undone soon. So what has a period is due in each of the
+        first 8 steps, in every second of the next 8, in every fourth of the next 16, and so
+        on, up to the period.
         """
         step = tf.cast(self.iterations, tf.int64)
-        starting = (step < period) & tf.equal(tf.bitwise.bitwise_and(step, step - 1), 0)
-        return starting | tf.equal(step % period, 0)
+        gap, shorter = tf.constant(1, tf.int64), 2
+        while shorter < period:
+            gap = tf.where(step >= 4 * shorter, tf.constant(shorter, tf.int64), gap)
+            shorter *= 2
+        gap = tf.where(step >= 4 * period, tf.constant(period, tf.int64), gap)
+        return tf.equal(step % gap, 0)
 
     def _trust(self, quadratic):
         """Factor in [0, 1] that keeps the step within the trust region."""

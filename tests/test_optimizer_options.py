@@ -245,7 +245,7 @@ def test_options_together():
 
 def test_schedules_of_learning_rate_and_damping_follow_the_iterations(reference):
     constant = keras.optimizers.schedules.PiecewiseConstantDecay
-    same = kfc(learning_rate=constant([2], [0.05, 0.05]), damping=constant([2], [0.2, 0.2]))
+    same = kfc(learning_rate=constant([2], [0.05, 0.05]), damping=constant([2], [0.3, 0.3]))
     assert_equal_weights(fitted(same), reference)
     stopped = kfc(learning_rate=constant([1], [0.05, 0.0]), momentum=0.0)
     one_step = net()
@@ -253,5 +253,5 @@ def test_schedules_of_learning_rate_and_damping_follow_the_iterations(reference)
     x, y = batches()
     one_step.fit(x[:32], y[:32], batch_size=16, shuffle=False, verbose=0)
     assert_equal_weights(fitted(stopped), one_step)
-    damped = kfc(damping=constant([0], [0.2, 5.0]))
+    damped = kfc(damping=constant([0], [0.3, 5.0]))
     assert_other_weights(fitted(damped), reference)

@@ -165,15 +165,19 @@ def test_only_due_steps_change_factors_and_inverses():
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     due: dict[str, list[int]] = {"gamma": [], "gamma_inverse": []}
     previous = dict.fromkeys(due, 0.0)
-    for step in range(14):
+    for step in range(31):
         model.train_on_batch(*image_batch(seed=step))
         for name, steps in due.items():
             now = getattr(optimizer.blocks[0], name).numpy()
             if np.any(now != previous[name]):
                 steps.append(step)
             previous[name] = now
-    # The periods, and powers of two below them.
-    assert due == {"gamma": [0, 1, 2, 4, 5, 10], "gamma_inverse": [0, 1, 2, 4, 6, 12]}
+    # Every step, every second and every fourth one, then the periods.
+    start = [*range(8), 8, 10, 12, 14]
+    assert due == {
+        "gamma": [*start, 16, 20, 25, 30],
+        "gamma_inverse": [*start, 16, 20, 24, 30],
+    }
 
 
 def test_first_estimate_is_the_first_batch():
