@@ -182,9 +182,7 @@ def _block_diagonal(parts: list[np.ndarray]) -> np.ndarray:
 def _colours() -> Any:
     from matplotlib import colormaps
 
-    colours = colormaps["RdBu_r"].copy()
-    colours.set_bad("0.85")
-    return colours
+    return colormaps["RdBu_r"].with_extremes(bad="0.85")
 
 
 def _limits(matrix: np.ndarray) -> dict[str, float]:
