@@ -93,7 +93,7 @@ def search(
     while True:
         for index in wanted:
             if index not in runs:
-                runs[index] = train(family.template.format(f"{number_of(index):g}"))
+                runs[index] = train(family.template.format(number_of(index)))
         best = min(runs, key=lambda index: score(runs[index], targets))
         wanted = [best - 1, best + 1]
         if all(index in runs for index in wanted):

@@ -129,8 +129,8 @@ def draws():
     settings = {"factor_update_period": 1, "inverse_update_period": 100, "factor_decay": 0.0}
     model = compiled(strategy, lambda: KFC(seed=3, **settings))
     half = (x[:8], y[:8])
-    # In the fourth step no inverses are due, and the copies stay apart.
-    for _ in range(4):
+    # In the tenth step no inverses are due, and the copies stay apart.
+    for _ in range(10):
         model.train_on_batch(*(np.concatenate([part, part]) for part in half))
     gamma = model.optimizer.blocks[1].gamma.value
     return difference(*([copy] for copy in strategy.experimental_local_results(gamma)))

@@ -112,6 +112,7 @@ def test_search_walks_to_the_best_and_keeps_the_grid():
     def train(setting):
         rate = search.number_in(search.FAMILIES["SGD"], setting)
         tried.append(rate)
+        assert float(runs.optimizer_of(setting).learning_rate) == pytest.approx(rate)
         miss = abs(math.log(rate / 0.5))
         if rate > 4:
             return run_of([1.0, math.inf], setting)
