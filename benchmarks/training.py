@@ -127,6 +127,12 @@ class Laboratory:
             shift = turn % len(active)
             for trainer in active[shift:] + active[:shift]:
                 trainer.advance(mark)
+            for trainer in active:
+                if mark == marks[-1] or _done(trainer.run, budget):
+                    setting = trainer.run.setting
+                    more = {"grid": grids[setting]} if setting in grids else {}
+                    limits = dataclasses.asdict(budget)
+                    trainer.run.save(paths[setting], machine=self._machine, budget=limits, **more)
             active = [trainer for trainer in active if not _done(trainer.run, budget)]
             if bar is not None:
                 self._progress.update(bar, completed=mark)
@@ -134,15 +140,6 @@ class Laboratory:
                 break
         if bar is not None:
             self._progress.remove_task(bar)
-        for trainer in trainers:
-            setting = trainer.run.setting
-            more: dict[str, Any] = {
-                "machine": self._machine,
-                "budget": dataclasses.asdict(budget),
-            }
-            if setting in grids:
-                more["grid"] = grids[setting]
-            trainer.run.save(paths[setting], **more)
         return [Run.load(path) for path in paths.values()]
 
 

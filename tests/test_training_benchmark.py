@@ -164,7 +164,8 @@ def test_the_command_trains_tunes_keeps_and_resumes(tmp_path, monkeypatch, capsy
     def options(*optimizers):
         return [
             *("--task", "digits/mlp", "--examples", "200", "--batch-size", "50"),
-            *("--iterations", "12", "--seeds", "1", "2", "--targets", "2.0", "0.5"),
+            *("--iterations", "12", "--tuning-iterations", "11", "--until", "0.001"),
+            *("--seeds", "1", "2", "--targets", "2.0", "0.5"),
             *("--accuracies", "0.5", "--output", str(tmp_path)),
             *("--optimizers", *optimizers),
         ]
@@ -181,7 +182,10 @@ def test_the_command_trains_tunes_keeps_and_resumes(tmp_path, monkeypatch, capsy
         assert content["iterations"] == [0, 10, 11, 12]
         assert len(content["losses"]) == len(content["test_accuracies"]) == 4
         assert content["machine"]["cores"] and content["budget"]["iterations"] == 12
+        assert content["budget"]["until"] == 0.001
         assert ("grid" in content) == content["setting"].startswith("SGD")
+    tuned = [json.loads(path.read_text()) for path in (folder / "grid").iterdir()]
+    assert len(tuned) >= 3 and all(run["iterations"][-1] <= 11 for run in tuned)
     # What is there is not run again; what is new is.
     made = []
     real = training.Trainer
@@ -203,6 +207,14 @@ def test_a_budget_in_seconds_and_divergence_end_a_run(tmp_path, task):
         slow, wild = laboratory.train(["SGD(0.01)", "SGD(1e6)"], seed=1)
     assert slow.iterations == wild.iterations == [0, 10]
     assert wild.diverged and not slow.diverged
+
+
+def test_a_training_loss_ends_a_run(tmp_path, task):
+    with training.progress_display() as progress:
+        budget = training.Budget(1000, until=0.5)
+        laboratory = training.Laboratory(task, 50, budget, tmp_path, progress)
+        (run,) = laboratory.train(["Adam(0.01)"], seed=1)
+    assert run.losses[-1] <= 0.5 < run.losses[-2] and run.iterations[-1] < 1000
 
 
 def test_scaling_tunes_at_each_batch_size(tmp_path, capsys):
