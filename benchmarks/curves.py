@@ -27,30 +27,38 @@ def to_target(
         accuracy: The test accuracy, instead.
 
     Returns:
-        For every optimizer the numbers over seeds of "iterations" and "seconds" (infinite
-        where the target was missed), with their medians' ratios to those of the first
-        optimizer, at least so much where a median is infinite; and the test "accuracy" or
-        test loss at that measurement.
+        For every optimizer the numbers over seeds of "iterations", "seconds" and "total",
+        seconds with the first step (all infinite where the target was missed); how much of
+        each was spent at the end of the run, "at least"; whether the median run "missed" the
+        target or "diverged"; the "ratio" of medians to those of the first optimizer, a lower
+        bound where the target was missed, NaN where there is none; and the test accuracy or
+        test loss at that measurement, "test".
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for setting, of_setting in runs.items():
-        row: dict[str, Any] = {"optimizer": setting, "iterations": [], "seconds": [], "test": []}
+        row: dict[str, Any] = {name: [] for name in ("iterations", "seconds", "total", "test")}
         for run in of_setting:
             hit = run.first_at(loss=loss, accuracy=accuracy)
             row["iterations"].append(math.inf if hit is None else run.iterations[hit])
             row["seconds"].append(math.inf if hit is None else run.seconds[hit])
+            row["total"].append(math.inf if hit is None else run.seconds[hit] + run.start_up)
             if hit is not None:
                 row["test"].append((run.test_accuracies or run.test_losses)[hit])
-        for name, spent in (("iterations", "iterations"), ("seconds", "seconds")):
-            row[f"{name} at least"] = statistics.median(getattr(r, spent)[-1] for r in of_setting)
+        row["optimizer"] = setting
+        row["missed"] = math.isinf(statistics.median(row["iterations"]))
+        row["diverged"] = row["missed"] and any(run.diverged for run in of_setting)
+        row["at least"] = {
+            "iterations": statistics.median(run.iterations[-1] for run in of_setting),
+            "seconds": statistics.median(run.seconds[-1] for run in of_setting),
+            "total": statistics.median(run.seconds[-1] + run.start_up for run in of_setting),
+        }
+        row["ratio"] = {}
+        for name in ("iterations", "seconds", "total"):
+            ours = statistics.median((rows or [row])[0][name])
+            theirs = row["at least"][name] if row["missed"] else statistics.median(row[name])
+            known = 0 < ours < math.inf and not row["diverged"]
+            row["ratio"][name] = theirs / ours if known else math.nan
         rows.append(row)
-    for row in rows:
-        for name in ("iterations", "seconds"):
-            ours, theirs = (statistics.median(r[name]) for r in (rows[0], row))
-            missed = math.isinf(theirs)
-            theirs = row[f"{name} at least"] if missed else theirs
-            row[f"{name} ratio"] = math.nan if math.isinf(ours) else theirs / ours
-            row[f"{name} missed"] = missed
     return rows
 
 
@@ -58,16 +66,20 @@ def _target_table(rows: Sequence[Mapping[str, Any]]) -> Rows:
     shown = []
     for row in rows:
         cells = {"optimizer": row["optimizer"]}
-        for name, form in (("iterations", "{:,.0f}"), ("seconds", "{:.1f}")):
-            over = ">" if row[f"{name} missed"] else ""
-            if over:
-                cells[name] = over + form.format(row[f"{name} at least"])
+        over = ">" if row["missed"] else ""
+        for name, title, form in (
+            ("iterations", "iterations", "{:,.0f}"),
+            ("seconds", "seconds", "{:.1f}"),
+            ("total", "with first step", "{:.1f}"),
+        ):
+            if row["diverged"]:
+                cells[title] = "diverged"
+            elif over:
+                cells[title] = over + form.format(row["at least"][name])
             else:
-                cells[name] = _spread(row[name], form)
-            ratio = row[f"{name} ratio"]
-            cells["x" if name == "iterations" else "x "] = (
-                "-" if math.isnan(ratio) else f"{over}{ratio:.1f}"
-            )
+                cells[title] = spread(row[name], form)
+            ratio = row["ratio"][name]
+            cells[f"{title} ×"] = "-" if math.isnan(ratio) else f"{over}{ratio:.1f}"
         cells["test there"] = f"{statistics.median(row['test']):.4f}" if row["test"] else "-"
         shown.append(cells)
     return shown
@@ -76,24 +88,23 @@ def _target_table(rows: Sequence[Mapping[str, Any]]) -> Rows:
 def _overview(runs: Runs) -> Rows:
     rows = []
     for setting, of_setting in runs.items():
-        best = [
-            max(r.test_accuracies) if r.test_accuracies else min(r.test_losses) for r in of_setting
-        ]
-        name = "best test accuracy" if of_setting[0].test_accuracies else "lowest test loss"
+        accurate = bool(of_setting[0].test_accuracies)
+        best = [max(r.test_accuracies) if accurate else min(r.test_losses) for r in of_setting]
         per_step = [1000 * run.seconds[-1] / run.iterations[-1] for run in of_setting]
         rows.append(
             {
                 "optimizer": setting,
-                "lowest training loss": _spread([min(r.losses) for r in of_setting], "{:.4f}"),
-                name: _spread(best, "{:.4f}"),
-                "ms per step": _spread(per_step, "{:.1f}"),
-                "first step, s": _spread([run.start_up for run in of_setting], "{:.1f}"),
+                "iterations": spread([run.iterations[-1] for run in of_setting], "{:,.0f}"),
+                "lowest training loss": spread([min(r.losses) for r in of_setting], "{:.4f}"),
+                "best test accuracy" if accurate else "lowest test loss": spread(best, "{:.4f}"),
+                "ms per step": spread(per_step, "{:.1f}"),
+                "first step, s": spread([run.start_up for run in of_setting], "{:.1f}"),
             }
         )
     return rows
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
     """Median, and the lowest and highest where they differ."""
     low, middle, high = (
         form.format(value) if math.isfinite(value) else "never"
@@ -126,10 +137,14 @@ def report(
         (f"To test accuracy {accuracy:g}", _target_table(to_target(runs, accuracy=accuracy)))
         for accuracy in accuracies
     ]
-    budgets = sorted({of_setting[0].iterations[-1] for of_setting in runs.values()})
-    tables.append((f"Within {max(budgets):,} iterations", _overview(runs)))
+    tables.append(("Over whole runs", _overview(runs)))
     folder.mkdir(parents=True, exist_ok=True)
-    write_tables(f"{title}: median of {_seeds(runs)} (lowest–highest)", tables, folder)
+    notes = ["×: times the first row's. Seconds are those of training steps."]
+    if any(len({r.session for r in of_seed}) > 1 for of_seed in zip(*runs.values(), strict=True)):
+        notes.append(
+            "Not all runs of a seed took turns in one session: their seconds compare less well."
+        )
+    write_tables(f"{title}: median of {_seeds(runs)} (lowest–highest)", tables, folder, notes)
     draw(runs, title, targets, folder / "curves.png")
 
 
@@ -138,10 +153,17 @@ def _seeds(runs):
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
-def write_tables(title: str, tables: Sequence[tuple[str, Rows]], folder: pathlib.Path) -> None:
+def write_tables(
+    title: str,
+    tables: Sequence[tuple[str, Rows]],
+    folder: pathlib.Path,
+    notes: Sequence[str] = (),
+) -> None:
     """Prints tables with a title and writes them as Markdown to `summary.md` in a folder."""
-    console, lines = Console(width=140), [f"# {title}"]
+    console, lines = Console(width=150), [f"# {title}", *(f"\n{note}" for note in notes)]
     console.print(f"\n[bold]{title}[/bold]")
+    for note in notes:
+        console.print(note)
     for heading, rows in tables:
         shown = Table(title=heading)
         for column in rows[0]:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import datetime
 import json
 import math
 import pathlib
@@ -17,6 +18,7 @@ from benchmarks.tasks import Task
 
 # Training loss is measured on so many examples of the training set.
 EVALUATION = 10_000
+SESSION = datetime.datetime.now().isoformat(timespec="seconds")
 
 
 @dataclasses.dataclass
@@ -28,6 +30,7 @@ class Run:
         setting: The optimizer, as a call, for example `SGD(0.1, momentum=0.9)`.
         batch_size: Mini-batch size.
         seed: Seed of the initial weights and of the order of the examples.
+        session: When the session began that the run took turns in.
         start_up: Seconds until the first step was traced and had run.
         iterations: Iterations at which was measured; the first is 0.
         seconds: Seconds of training steps until then.
@@ -40,6 +43,7 @@ class Run:
     setting: str
     batch_size: int
     seed: int
+    session: str = ""
     start_up: float = 0.0
     iterations: list[int] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -65,13 +69,19 @@ class Run:
         """Writes the run as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({**dataclasses.asdict(self), **more}) + "\n")
+        content = {**dataclasses.asdict(self), **more}
+        for name in ("losses", "test_losses"):
+            # JSON knows no infinity.
+            content[name] = [x if math.isfinite(x) else None for x in content[name]]
+        partial.write_text(json.dumps(content, allow_nan=False) + "\n")
         partial.replace(path)
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Run":
         """Reads a run."""
         content = json.loads(path.read_text())
+        for name in ("losses", "test_losses"):
+            content[name] = [math.inf if x is None else x for x in content[name]]
         return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
 
 
@@ -125,7 +135,7 @@ class Trainer:
     """
 
     def __init__(self, task: Task, setting: str, batch_size: int, seed: int):
-        self.run = Run(task.name, setting, batch_size, seed)
+        self.run = Run(task.name, setting, batch_size, seed, session=SESSION)
         self._task = task
         self._model = task.build(seed)
         optimizer = optimizer_of(setting, seed)
@@ -134,6 +144,7 @@ class Trainer:
         self._model.compile(optimizer=optimizer, loss=task.loss)
         self._rng = np.random.default_rng(seed)
         self._order = np.zeros(0, np.int64)
+        self._iteration, self._seconds = 0, 0.0
         self._outputs = tf.function(lambda x: self._model(x, training=False))
 
     def start(self) -> None:
@@ -152,11 +163,11 @@ class Trainer:
             variable.assign(value)
         self._rng = np.random.default_rng(self.run.seed)
         self._order = np.zeros(0, np.int64)
-        self._measure(0, 0.0)
+        self.measure()
 
     def _batch(self):
         count = len(self._task.train_inputs)
-        if len(self._order) < self.run.batch_size:
+        while len(self._order) < self.run.batch_size:
             # What is left of an epoch leads the next one, so that all batches are full.
             self._order = np.concatenate([self._order, self._rng.permutation(count)])
         chosen = self._order[: self.run.batch_size]
@@ -164,22 +175,22 @@ class Trainer:
         inputs, targets = self._task.train_inputs[chosen], self._task.train_targets[chosen]
         return tf.constant(inputs), tf.constant(targets)
 
-    def advance(self, iteration: int) -> None:
-        """Trains up to an iteration and measures there."""
-        seconds = self.run.seconds[-1]
-        for _ in range(iteration - self.run.iterations[-1]):
+    def train_to(self, iteration: int) -> None:
+        """Trains up to an iteration."""
+        for _ in range(iteration - self._iteration):
             inputs, targets = self._batch()
             begin = time.perf_counter()
             self._model.train_on_batch(inputs, targets)
-            seconds += time.perf_counter() - begin
-        self._measure(iteration, seconds)
+            self._seconds += time.perf_counter() - begin
+        self._iteration = iteration
 
-    def _measure(self, iteration, seconds):
+    def measure(self) -> None:
+        """Adds the losses of now to the run."""
         task, run = self._task, self.run
         loss, _ = self._evaluate(task.train_inputs[:EVALUATION], task.train_targets[:EVALUATION])
         test_loss, accuracy = self._evaluate(task.test_inputs, task.test_targets)
-        run.iterations.append(iteration)
-        run.seconds.append(seconds)
+        run.iterations.append(self._iteration)
+        run.seconds.append(self._seconds)
         run.losses.append(loss)
         run.test_losses.append(test_loss)
         if task.classifies:

@@ -11,22 +11,26 @@ as those of `benchmarks.training` are; the table goes to `summary.md`, the curve
 
 import argparse
 import dataclasses
+import math
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks import curves
 from benchmarks.search import FAMILIES, number_in, search
 from benchmarks.training import (
     Budget,
-    Laboratory,
+    Experiment,
     add_common_options,
+    check_optimizers,
     folder_of,
     progress_display,
     task_from,
 )
 
-# Iterations to the target by batch size, None where it was missed; by optimizer.
-Results = Mapping[str, Mapping[int, int | None]]
+# Iterations to the target for each seed, infinite where it was missed, by batch size, by
+# optimizer.
+Results = Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,16 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=sizes, help="(%(default)s)")
     parser.add_argument("--target", type=float, default=0.3, help="training loss (%(default)s)")
     parser.add_argument("--iterations", type=int, default=3000, help="budget (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
     arguments = parser.parse_args(argv)
+    check_optimizers(parser, arguments.optimizers)
     task = task_from(parser, arguments)
-    results: dict[str, dict[int, int | None]] = {name: {} for name in arguments.optimizers}
+    results: dict[str, dict[int, list[float]]] = {name: {} for name in arguments.optimizers}
     chosen: dict[str, dict[int, str]] = {name: {} for name in arguments.optimizers}
     families = dict(FAMILIES)
     targets = [arguments.target]
     with progress_display() as progress:
         for batch_size in sorted(arguments.batch_sizes):
-            laboratory = Laboratory(
+            experiment = Experiment(
                 task,
                 batch_size,
                 Budget(arguments.iterations),
@@ -60,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress,
             )
 
-            def train(setting, laboratory=laboratory):
-                return laboratory.try_out(setting, arguments.seed, targets[-1])
+            def train(setting, experiment=experiment):
+                return experiment.train_for_tuning(setting, arguments.seeds[0], targets[-1])
 
             for name in arguments.optimizers:
                 setting = name
@@ -70,9 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     families[name] = dataclasses.replace(
                         families[name], start=number_in(families[name], setting)
                     )
-                run = train(setting)
-                hit = run.first_at(loss=arguments.target)
-                results[name][batch_size] = None if hit is None else run.iterations[hit]
+                reached = []
+                for seed in arguments.seeds:
+                    (run,) = experiment.train([setting], seed, until=arguments.target)
+                    hit = run.first_at(loss=arguments.target)
+                    reached.append(math.inf if hit is None else run.iterations[hit])
+                results[name][batch_size] = reached
                 chosen[name][batch_size] = setting
     title = f"{task.name}: iterations to training loss {arguments.target:g}"
     folder = arguments.output / f"{arguments.task.replace('/', '-')}-scaling"
@@ -87,8 +95,7 @@ def table_of(results: Results, chosen: Mapping[str, Mapping[int, str]]) -> curve
     for batch_size in next(iter(results.values())):
         row = {"batch size": f"{batch_size:,}"}
         for name, by_size in results.items():
-            hit = by_size[batch_size]
-            row[name] = "never" if hit is None else f"{hit:,}"
+            row[name] = curves.spread(by_size[batch_size], "{:,.0f}")
             if chosen[name][batch_size] != name:
                 row[f"{name} was"] = chosen[name][batch_size]
         rows.append(row)
@@ -104,7 +111,8 @@ def draw(results: Results, title: str, path: pathlib.Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for name, by_size in results.items():
-        reached = {size: hit for size, hit in by_size.items() if hit is not None}
+        medians = {size: statistics.median(hits) for size, hits in by_size.items()}
+        reached = {size: hit for size, hit in medians.items() if math.isfinite(hit)}
         axis.plot(list(reached), list(reached.values()), marker="o", label=name)
     axis.set(xlabel="batch size", ylabel="iterations", title=title)
     axis.set_xscale("log", base=2)

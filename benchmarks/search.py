@@ -2,8 +2,11 @@
 
 The search starts with three neighbours of the series 1, 2, 5, 10, 20, ... and goes on
 beyond the edge that the best of them lies at, until the best has a worse neighbour on either
-side. KFC is searched likewise over `kl_clip`, which sets the size of its steps; its learning
-rate is only an upper limit.
+side and at least five values were tried. KFC is searched likewise over `kl_clip`, which sets
+the size of its steps; its learning rate is only an upper limit.
+
+Keras's Muon treats matrices as Muon does and all else, so the kernels of convolutions, as
+AdamW does; it is used as it stands.
 """
 
 import dataclasses
@@ -27,6 +30,7 @@ class Family:
     start: float
 
 
+FEWEST = 5
 FAMILIES: Mapping[str, Family] = {
     "KFC-tuned": Family("KFC(kl_clip={})", 2e-4),
     "SGD": Family("SGD({}, momentum=0.9, nesterov=True)", 0.02),
@@ -97,7 +101,12 @@ def search(
         best = min(runs, key=lambda index: score(runs[index], targets))
         wanted = [best - 1, best + 1]
         if all(index in runs for index in wanted):
-            break
+            if len(runs) >= FEWEST:
+                break
+            # Beyond the better of the two edges.
+            low, high = min(runs), max(runs)
+            better = score(runs[low], targets) < score(runs[high], targets)
+            wanted = [low - 1 if better else high + 1]
     grid = []
     for _, run in sorted(runs.items()):
         hits = [run.first_at(loss=target) for target in targets]

@@ -101,7 +101,7 @@ def by_kind(net: str, jit_compile: bool, repeats: int) -> dict[str, Any]:
     optimizer = kfc.model.optimizer
     factors, inverses = optimizer.factor_update_period, optimizer.inverse_update_period
     for training in (sgd, kfc):
-        training.run(max(factors, inverses))
+        training.run(_past_the_start(optimizer))
     seconds: dict[str, list[float]] = {"SGD": [], "nothing": [], "factors": [], "both": []}
     for _ in range(repeats):
         for step in range(max(factors, inverses)):
@@ -112,6 +112,13 @@ def by_kind(net: str, jit_compile: bool, repeats: int) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - begin)
     row: dict[str, Any] = {"net": net, "XLA": "yes" if jit_compile else "no"}
     return row | {f"{name} ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
+def _past_the_start(optimizer):
+    """Steps until updates are due no more often than their periods say, a multiple of both."""
+    period = int(np.lcm(optimizer.factor_update_period, optimizer.inverse_update_period))
+    start = 4 * max(optimizer.factor_update_period, optimizer.inverse_update_period)
+    return -(-start // period) * period
 
 
 def first_step(net: str, optimizer: str, jit_compile: bool) -> dict[str, float]:
@@ -130,8 +137,7 @@ def measure(net: str, jit_compile: bool, repeats: int, cold: bool) -> dict[str, 
     kfc = trainings["KFC"].model.optimizer
     period = int(np.lcm(kfc.factor_update_period, kfc.inverse_update_period))
     for training in trainings.values():
-        # Past the start, where updates are due more often.
-        training.run(period)
+        training.run(_past_the_start(kfc))
     calls = {name: lambda t=training: t.run(period) for name, training in trainings.items()}
     seconds = interleaved(calls, repeats)
     row: dict[str, Any] = {"net": net, "XLA": "yes" if jit_compile else "no"}

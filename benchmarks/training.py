@@ -3,21 +3,24 @@
 Run as `python -m benchmarks.training --task DATA/NETWORK --data-dir DIR`; `--help` lists the
 options. First every baseline is tuned on the first seed (`benchmarks.search`). Then, seed by
 seed, all optimizers train from the same initial weights on the same batches, taking turns
-between the measurements, so that a machine that slows down slows all alike. The clock runs
-during training steps only. Each run is a JSON file under `--output`; what is there already
+of a few steps, so that a machine that slows down slows all alike. The clock runs during
+training steps only. Each run is a JSON file under `--output`; what is there already
 is not run again. Tables go to the screen and to `summary.md`, curves to `curves.png`.
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,9 +31,18 @@ from benchmarks.search import FAMILIES, search
 from benchmarks.tasks import DATA, NETWORKS, Task, task_of
 from examples.data import DataError
 
-# Training losses that the tables tell the iterations and seconds to.
-TARGETS = {"autoencoder": (0.3, 0.28), "small-autoencoder": (0.18, 0.15)}
+# What the tables tell the iterations and seconds to: training losses, and test accuracies.
+TARGETS = {"autoencoder": (0.3, 0.285), "small-autoencoder": (0.18, 0.15)}
 CLASSIFIER_TARGETS = (0.25, 0.15)
+ACCURACIES = {
+    "digits": (0.95, 0.98),
+    "fashion-mnist": (0.88, 0.9),
+    "mnist": (0.98, 0.99),
+    "cifar-10": (0.6, 0.7),
+    "svhn": (0.85, 0.9),
+}
+# Steps of one turn.
+TURN = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +68,15 @@ class Budget:
     @property
     def text(self) -> str:
         """What the name of a file tells of it."""
-        limits = (self.iterations, self.seconds, self.until)
-        return "-".join(f"{limit:g}" for limit in limits if limit is not None)
+        parts = [f"{self.iterations}-iterations"]
+        if self.seconds is not None:
+            parts.append(f"{self.seconds:g}-seconds")
+        if self.until is not None:
+            parts.append(f"until-{self.until:g}")
+        return "-".join(parts)
 
 
-class Laboratory:
+class Experiment:
     """Trains on one task and keeps every run in a file.
 
     Args:
@@ -82,11 +98,11 @@ class Laboratory:
         """Finds the best setting of an optimizer, and the whole grid; see `search`."""
 
         def train(setting: str) -> Run:
-            return self.try_out(setting, seed, targets[-1])
+            return self.train_for_tuning(setting, seed, targets[-1])
 
         return search(FAMILIES[name], train, targets)
 
-    def try_out(self, setting: str, seed: int, until: float) -> Run:
+    def train_for_tuning(self, setting: str, seed: int, until: float) -> Run:
         """Trains with one optimizer until a training loss, measured less often."""
         (run,) = self._train([setting], seed, "grid", self._budget.for_tuning(until), 1.25, {})
         return run
@@ -95,7 +111,8 @@ class Laboratory:
         self,
         settings: Sequence[str],
         seed: int,
-        grids: dict[str, list[Any]] | None = None,
+        grids: Mapping[str, list[Any]] | None = None,
+        until: float | None = None,
     ) -> list[Run]:
         """Trains with several optimizers in turns, except those whose run is kept already.
 
@@ -103,44 +120,64 @@ class Laboratory:
             settings: The optimizers.
             seed: The seed.
             grids: The grid that a setting was chosen from, to be kept with its run.
+            until: Training loss at which runs end, if not that of the budget.
 
         Returns:
             The runs, one for each setting.
         """
-        return self._train(settings, seed, "runs", self._budget, 1.1, grids or {})
+        budget = self._budget
+        if until is not None:
+            budget = dataclasses.replace(budget, until=until)
+        return self._train(settings, seed, "runs", budget, 1.1, grids or {})
 
     def _train(self, settings, seed, part, budget, growth, grids):
         paths = {
-            setting: self._folder / part / f"{_slug(setting)}-seed-{seed}-budget-{budget.text}.json"
+            setting: self._folder / part / f"{_slug(setting)}-seed-{seed}-{budget.text}.json"
             for setting in settings
         }
         missing = [setting for setting, path in paths.items() if not path.exists()]
         trainers = [Trainer(self._task, setting, self._batch_size, seed) for setting in missing]
+        if trainers:
+            _warm_up()
         for trainer in trainers:
             trainer.start()
         title = missing[0] if len(missing) == 1 else f"seed {seed}, {len(missing)} optimizers"
-        marks = schedule(budget.iterations, growth)[1:] if trainers else []
-        bar = self._progress.add_task(title, total=budget.iterations) if marks else None
+        marks = set(schedule(budget.iterations, growth)[1:])
+        turns = sorted(marks | set(range(TURN, budget.iterations, TURN))) if trainers else []
+        bar = self._progress.add_task(title, total=budget.iterations) if turns else None
         active = trainers
-        for turn, mark in enumerate(marks):
+        for number, turn in enumerate(turns):
             # Each starts as often as any other.
-            shift = turn % len(active)
+            shift = number % len(active)
             for trainer in active[shift:] + active[:shift]:
-                trainer.advance(mark)
-            for trainer in active:
-                if mark == marks[-1] or _done(trainer.run, budget):
-                    setting = trainer.run.setting
-                    more = {"grid": grids[setting]} if setting in grids else {}
-                    limits = dataclasses.asdict(budget)
-                    trainer.run.save(paths[setting], machine=self._machine, budget=limits, **more)
-            active = [trainer for trainer in active if not _done(trainer.run, budget)]
+                trainer.train_to(turn)
+                if turn in marks:
+                    trainer.measure()
             if bar is not None:
-                self._progress.update(bar, completed=mark)
+                self._progress.update(bar, completed=turn)
+            if turn not in marks:
+                continue
+            for trainer in active:
+                if turn == turns[-1] or _done(trainer.run, budget):
+                    limits = dataclasses.asdict(budget)
+                    path = paths[trainer.run.setting]
+                    trainer.run.save(path, machine=self._machine, budget=limits)
+            active = [trainer for trainer in active if not _done(trainer.run, budget)]
             if not active:
                 break
         if bar is not None:
             self._progress.remove_task(bar)
+        for setting, grid in grids.items():
+            content = json.loads(paths[setting].read_text())
+            paths[setting].write_text(json.dumps({**content, "grid": grid}) + "\n")
         return [Run.load(path) for path in paths.values()]
+
+
+def _warm_up():
+    """Lets TensorFlow do what it does once in a process, before a first step is timed."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.train_on_batch(np.zeros((1, 1)), np.zeros((1, 1)))
 
 
 def _done(run, budget):
@@ -156,7 +193,7 @@ def _slug(setting):
 
 
 def compare(
-    laboratory: Laboratory,
+    experiment: Experiment,
     optimizers: Sequence[str],
     seeds: Sequence[int],
     targets: Sequence[float],
@@ -164,7 +201,7 @@ def compare(
     """Tunes what is to be tuned, and trains with all optimizers for every seed.
 
     Args:
-        laboratory: Where to train.
+        experiment: Where to train.
         optimizers: Keys of `FAMILIES`, or settings such as `KFC()`.
         seeds: Seeds; the first one is tuned on.
         targets: Training losses, the last one the lowest.
@@ -176,12 +213,12 @@ def compare(
     grids: dict[str, list[Any]] = {}
     for name in optimizers:
         if name in FAMILIES:
-            setting, grids[setting] = laboratory.tune(name, seeds[0], targets)
+            setting, grids[setting] = experiment.tune(name, seeds[0], targets)
         else:
             setting = name
         settings.append(setting)
     settings = list(dict.fromkeys(settings))
-    runs = [laboratory.train(settings, seed, grids=grids) for seed in seeds]
+    runs = [experiment.train(settings, seed, grids=grids) for seed in seeds]
     return dict(zip(settings, map(list, zip(*runs, strict=True)), strict=True))
 
 
@@ -209,6 +246,16 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=pathlib.Path, default=OUTPUT / "training", help="folder for results"
     )
+
+
+def check_optimizers(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Ends the program with a sentence if an optimizer is not known."""
+    for name in names:
+        if name not in FAMILIES:
+            try:
+                optimizer_of(name)
+            except ValueError as error:
+                parser.error(str(error))
 
 
 def task_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Task:
@@ -242,16 +289,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--until", type=float, help="training loss that ends a run early (none)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
     parser.add_argument("--targets", type=float, nargs="+", help="training losses (by network)")
-    parser.add_argument("--accuracies", type=float, nargs="+", default=[], help="test accuracies")
+    parser.add_argument("--accuracies", type=float, nargs="*", help="test accuracies (by data)")
     arguments = parser.parse_args(argv)
-    for name in arguments.optimizers:
-        if name not in FAMILIES:
-            try:
-                optimizer_of(name)
-            except ValueError as error:
-                parser.error(str(error))
+    check_optimizers(parser, arguments.optimizers)
     task = task_from(parser, arguments)
-    network = task.name.split("/")[1]
+    data, network = task.name.split("/")
     targets = arguments.targets or TARGETS.get(network, CLASSIFIER_TARGETS)
     targets = sorted(targets, reverse=True)
     folder = folder_of(arguments, arguments.batch_size)
@@ -259,10 +301,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         budget = Budget(
             arguments.iterations, arguments.seconds, arguments.tuning_iterations, arguments.until
         )
-        laboratory = Laboratory(task, arguments.batch_size, budget, folder, progress)
-        runs = compare(laboratory, arguments.optimizers, arguments.seeds, targets)
+        experiment = Experiment(task, arguments.batch_size, budget, folder, progress)
+        runs = compare(experiment, arguments.optimizers, arguments.seeds, targets)
     title = f"{task.name}, batch {arguments.batch_size}"
-    curves.report(runs, title, targets, arguments.accuracies if task.classifies else [], folder)
+    accuracies = arguments.accuracies
+    if accuracies is None:
+        accuracies = ACCURACIES[data]
+    curves.report(runs, title, targets, accuracies if task.classifies else [], folder)
 
 
 if __name__ == "__main__":

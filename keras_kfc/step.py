@@ -151,18 +151,15 @@ class PreconditionedStep(ResumableOptimizer):
     def _is_due(self, period):
         """Whether something with this period is due now, a boolean scalar.
 
-        At the start of training curvature changes within a few steps. With inverses of the
-        very first ones the trust region lets steps pass that are far too long, and what they
-        do to the weights is not undone soon. So what has a period is due in each of the
-        first 8 steps, in every second of the next 8, in every fourth of the next 16, and so
-        on, up to the period.
+        Curvature changes fast at the start. Old inverses then let steps through the trust
+        region that are far too long, and what these do to the weights is not undone soon.
+        So what has a period is due in each of the first 8 steps, in every second of the
+        next 8, in every fourth of the next 16, and so on, up to the period.
         """
         step = tf.cast(self.iterations, tf.int64)
-        gap, shorter = tf.constant(1, tf.int64), 2
-        while shorter < period:
-            gap = tf.where(step >= 4 * shorter, tf.constant(shorter, tf.int64), gap)
-            shorter *= 2
-        gap = tf.where(step >= 4 * period, tf.constant(period, tf.int64), gap)
+        gap = tf.constant(1, tf.int64)
+        for longer in _growing_gaps(period, self.factor_update_period)[1:]:
+            gap = tf.where(step >= 4 * longer, tf.constant(longer, tf.int64), gap)
         return tf.equal(step % gap, 0)
 
     def _trust(self, quadratic):
@@ -194,3 +191,19 @@ class PreconditionedStep(ResumableOptimizer):
         self.assign(first, new_first)
         self.assign(second, new_second)
         return update
+
+
+def _growing_gaps(period, factor_period):
+    """Steps between updates as training goes on: 1, 2, 4, ... up to the period.
+
+    Beyond the period of the factors, gaps are multiples of it, so that inverses are those
+    of new factors.
+    """
+    gaps = [1]
+    while 2 * gaps[-1] < min(period, factor_period):
+        gaps.append(2 * gaps[-1])
+    gap = max(factor_period, 2)
+    while gap < period:
+        gaps.append(gap)
+        gap *= 2
+    return [*gaps, period] if period > 1 else gaps

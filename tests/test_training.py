@@ -10,6 +10,7 @@ from nets import conv_net, conv_stack, flat_weights, image_batch, train
 
 import keras_kfc
 from conftest import relative_error
+from keras_kfc.step import _growing_gaps
 
 
 def kfc(**kwargs):
@@ -172,13 +173,21 @@ def test_only_due_steps_change_factors_and_inverses():
             if np.any(now != previous[name]):
                 steps.append(step)
             previous[name] = now
-    # Every step, every second and every fourth one, then the periods.
+    # Every step, every second one, then the periods; inverses are always of new factors.
     start = [*range(8), 8, 10, 12]
     assert due == {
         "gamma": [*start, 15, 18, 21, 24, 27, 30],
-        # At step 14 they are due, but factors are those of step 12.
-        "gamma_inverse": [*start, 16, 20, 24, 30],
+        "gamma_inverse": [*start, 15, 18, 21, 24, 30],
     }
+
+
+def test_gaps_between_updates_grow_to_the_period():
+    assert _growing_gaps(10, 10) == [1, 2, 4, 8, 10]
+    assert _growing_gaps(20, 10) == [1, 2, 4, 8, 10, 20]
+    assert _growing_gaps(100, 10) == [1, 2, 4, 8, 10, 20, 40, 80, 100]
+    assert _growing_gaps(1, 10) == _growing_gaps(1, 1) == [1]
+    assert _growing_gaps(4, 1) == [1, 2, 4]
+    assert _growing_gaps(5, 7) == [1, 2, 4, 5]
 
 
 def test_first_estimate_is_the_first_batch():

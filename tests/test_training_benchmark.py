@@ -24,6 +24,7 @@ def run_of(losses, setting="KFC()", seconds=1.0, accuracies=None):
         setting,
         64,
         1,
+        "now",
         0.5,
         iterations,
         [seconds * i for i in iterations],
@@ -55,7 +56,9 @@ def test_all_optimizers_see_the_same_batches_from_the_same_weights(task):
         recorder = Recorder(task, setting, 64, seed=3)
         recorder.seen = []
         recorder.start()
-        recorder.advance(5)
+        recorder.train_to(3)
+        recorder.train_to(5)
+        recorder.measure()
         recorders.append(recorder)
     first, second = recorders
     for a, b in zip(first.seen, second.seen, strict=True):
@@ -71,7 +74,8 @@ def test_all_optimizers_see_the_same_batches_from_the_same_weights(task):
 def test_measured_loss_and_accuracy_are_keras_own(task):
     trainer = Trainer(task, "SGD(0.1)", 64, seed=1)
     trainer.start()
-    trainer.advance(4)
+    trainer.train_to(4)
+    trainer.measure()
     model = trainer._model
     model.compile(loss=task.loss, metrics=["accuracy"])
     loss, accuracy = model.evaluate(task.test_inputs, task.test_targets, verbose=0)
@@ -147,17 +151,58 @@ def test_numbers_of_the_series():
         search.index_of(0.03)
 
 
+def test_search_tries_at_least_five_values():
+    def train(setting):
+        rate = search.number_in(search.FAMILIES["Adam"], setting)
+        return run_of([1.0, 0.5 + abs(math.log(rate / 0.002))], setting)
+
+    best, grid = search.search(search.FAMILIES["Adam"], train, [0.1])
+    assert best == "Adam(0.002)"
+    tried = [search.number_in(search.FAMILIES["Adam"], row["setting"]) for row in grid]
+    # The edge that is less bad comes first.
+    assert tried == [0.0005, 0.001, 0.002, 0.005, 0.01]
+
+
 def test_ratios_are_those_of_medians_and_bounds_where_a_target_was_missed():
     ours = [run_of([1, 0.2]), run_of([1, 0.5, 0.2]), run_of([1, 0.5, 0.5, 0.2])]
     theirs = [run_of([1.0] * 10 + [0.2] + [0.2] * 2, seconds=0.5) for _ in range(3)]
     never = [run_of([1.0] * 8) for _ in range(3)]
-    rows = curves.to_target({"a": ours, "b": theirs, "c": never}, loss=0.25)
-    assert [row["iterations ratio"] for row in rows] == [1, 5, 3.5]
-    assert [row["seconds ratio"] for row in rows] == [1, 2.5, 3.5]
-    assert [row["iterations missed"] for row in rows] == [False, False, True]
+    wild = [run_of([1.0, math.inf]) for _ in range(3)]
+    rows = curves.to_target({"a": ours, "b": theirs, "c": never, "d": wild}, loss=0.25)
+    ratios = {name: [row["ratio"][name] for row in rows] for name in ("iterations", "seconds")}
+    assert ratios["iterations"][:3] == [1, 5, 3.5] and math.isnan(ratios["iterations"][3])
+    assert ratios["seconds"][:3] == [1, 2.5, 3.5]
+    # The first step took half a second.
+    assert rows[1]["ratio"]["total"] == pytest.approx(50.5 / 20.5)
+    assert [row["missed"] for row in rows] == [False, False, True, True]
+    assert [row["diverged"] for row in rows] == [False, False, False, True]
     assert rows[0]["iterations"] == [10, 20, 30]
     (row,) = curves.to_target({"a": ours}, accuracy=0.8)
     assert row["iterations"] == [10, 20, 30] and row["test"] == [0.8] * 3
+    # A target above the loss of the start has no ratio.
+    (row,) = curves.to_target({"a": ours}, loss=2.0)
+    assert row["iterations"] == [0, 0, 0] and math.isnan(row["ratio"]["iterations"])
+
+
+def test_tables_show_bounds_spreads_and_divergence(tmp_path, capsys):
+    runs_ = {
+        "KFC()": [run_of([1, 0.2]), run_of([1, 0.5, 0.2])],
+        "SGD(0.1)": [run_of([1.0] * 8) for _ in range(2)],
+        "SGD(9.0)": [run_of([1.0, math.inf]) for _ in range(2)],
+    }
+    runs_["SGD(0.1)"][0].session = "later"
+    curves.report(runs_, "a title", [0.25], [], tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    assert "| KFC() | 15 (10–20) | 1.0 |" in text
+    assert "| SGD(0.1) | >70 | >4.7 |" in text and "| SGD(9.0) | diverged | - |" in text
+    assert "did not" not in text and "Not all runs" in text and "median of 2 seeds" in text
+
+
+def test_runs_survive_their_file(tmp_path):
+    run = run_of([1.0, math.inf], accuracies=[0.5, 0.1])
+    run.save(tmp_path / "run.json", grid=[])
+    assert "Infinity" not in (tmp_path / "run.json").read_text()
+    assert Run.load(tmp_path / "run.json") == run
 
 
 def test_the_command_trains_tunes_keeps_and_resumes(tmp_path, monkeypatch, capsys):
@@ -203,8 +248,8 @@ def test_the_command_trains_tunes_keeps_and_resumes(tmp_path, monkeypatch, capsy
 def test_a_budget_in_seconds_and_divergence_end_a_run(tmp_path, task):
     with training.progress_display() as progress:
         budget = training.Budget(1000, 1e-6)
-        laboratory = training.Laboratory(task, 50, budget, tmp_path, progress)
-        slow, wild = laboratory.train(["SGD(0.01)", "SGD(1e6)"], seed=1)
+        experiment = training.Experiment(task, 50, budget, tmp_path, progress)
+        slow, wild = experiment.train(["SGD(0.01)", "SGD(1e6)"], seed=1)
     assert slow.iterations == wild.iterations == [0, 10]
     assert wild.diverged and not slow.diverged
 
@@ -212,8 +257,8 @@ def test_a_budget_in_seconds_and_divergence_end_a_run(tmp_path, task):
 def test_a_training_loss_ends_a_run(tmp_path, task):
     with training.progress_display() as progress:
         budget = training.Budget(1000, until=0.5)
-        laboratory = training.Laboratory(task, 50, budget, tmp_path, progress)
-        (run,) = laboratory.train(["Adam(0.01)"], seed=1)
+        experiment = training.Experiment(task, 50, budget, tmp_path, progress)
+        (run,) = experiment.train(["Adam(0.01)"], seed=1)
     assert run.losses[-1] <= 0.5 < run.losses[-2] and run.iterations[-1] < 1000
 
 
