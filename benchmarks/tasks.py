@@ -1,7 +1,6 @@
 """The training problems of the measurements: a data set and a network for it.
 
-A task is named `DATA/NETWORK`, for example `fashion-mnist/conv`. The defaults of KFC are
-chosen on all tasks whose data can be had without a download.
+A task is named `DATA/NETWORK`, for example `fashion-mnist/conv`.
 """
 
 import dataclasses

@@ -29,7 +29,6 @@ from examples import fisher_blocks
 from examples.data import DataError, load_digits, load_fashion_mnist
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DAMPING = 0.2
 REACH = 3
 
 
@@ -87,6 +86,8 @@ def small_net(shape: tuple[int, ...], seed: int) -> keras.Model:
 
 def errors_of(name: str, statistics: fisher_blocks.Statistics) -> Table:
     """A table of how far each approximation of a layer's Fisher block is from the exact one."""
+    # As much as KFC takes.
+    damping = float(keras_kfc.KFC().damping)
     block = fisher_blocks.exact_block(statistics)
     rows, columns = statistics.patches.shape[-1], statistics.derivatives.shape[-1]
     candidates = {
@@ -104,12 +105,12 @@ def errors_of(name: str, statistics: fisher_blocks.Statistics) -> Table:
     table = Table(title=f"Fisher block of {name}, {len(block)} weights")
     table.add_column("approximation")
     table.add_column("relative error", justify="right")
-    table.add_column("cosine of natural gradients", justify="right")
+    table.add_column(f"cosine of natural gradients, damping {damping:g}", justify="right")
     for text, matrix in matrices.items():
         table.add_row(
             text,
             f"{fisher_blocks.relative_error(matrix, block):.2f}",
-            f"{fisher_blocks.natural_cosine(matrix, block, DAMPING):.3f}",
+            f"{fisher_blocks.natural_cosine(matrix, block, damping):.3f}",
         )
     return table
 

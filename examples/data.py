@@ -15,7 +15,7 @@ IDX_FILES = (
     "t10k-labels-idx1-ubyte.gz",
 )
 
-_ADVICE = "get a fresh copy, for example from Debian's package dataset-fashion-mnist"
+_ADVICE = "get a fresh copy (Fashion-MNIST: for example Debian's package dataset-fashion-mnist)"
 
 
 class DataError(Exception):
@@ -88,7 +88,7 @@ def load_mnist(data_dir: str | None = None) -> ImageData:
 def _load_idx(name: str, keras_name: str, data_dir: str | None) -> ImageData:
     if data_dir is not None:
         folder = pathlib.Path(data_dir)
-        arrays = [read_idx(folder / name) for name in IDX_FILES]
+        arrays = [read_idx(folder / file) for file in IDX_FILES]
         for i in (0, 2):
             if len(arrays[i]) != len(arrays[i + 1]) or arrays[i].shape[1:] != (28, 28):
                 raise DataError(

@@ -82,7 +82,7 @@ def test_python_blocks_of_the_documentation_run(page, tmp_path, monkeypatch, cap
     for block in python_blocks((ROOT / "docs" / page).read_text()):
         exec(compile(block, page, "exec"), names)
     if page == "custom-loops.md":
-        assert names["last"] < names["first"]
+        assert names["last"] < names["first"] and names["after"] < names["before"]
         assert np.isfinite(names["history"].history["loss"]).all()
     elif page == "guide.md":
         assert names["first"].omega.shape == (28, 28)
