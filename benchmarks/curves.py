@@ -192,6 +192,7 @@ def draw(runs: Runs, title: str, targets: Sequence[float], path: pathlib.Path) -
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     accuracy = bool(next(iter(runs.values()))[0].test_accuracies)
@@ -222,6 +223,10 @@ def draw(runs: Runs, title: str, targets: Sequence[float], path: pathlib.Path) -
         axis.grid(alpha=0.3, which="both")
     for axis in axes[:2]:
         axis.set_yscale("log")
+        axis.set_ylim(top=_after_the_start(runs))
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         for target in targets:
             axis.axhline(target, color="black", linewidth=0.8, linestyle=":")
     if accuracy:
@@ -231,3 +236,14 @@ def draw(runs: Runs, title: str, targets: Sequence[float], path: pathlib.Path) -
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _after_the_start(runs):
+    """The highest loss of any run once a fiftieth of it is done."""
+    losses = [
+        next(loss for i, loss in zip(run.iterations, run.losses, strict=True) if i >= start)
+        for of_setting in runs.values()
+        for run in of_setting
+        for start in [run.iterations[-1] / 50]
+    ]
+    return max((loss for loss in losses if math.isfinite(loss)), default=None)
