@@ -4,7 +4,8 @@ Grosse & Martens (2016) assume that activations and derivatives are independent,
 moments of both are the same at every position, and that derivatives at two positions are
 uncorrelated. This example trains a small conv net, draws the spatial correlations and the
 maps of moments of its convolutions, and tells how far `Ω ⊗ Γ` is from the exact Fisher
-block, assumption by assumption.
+block, assumption by assumption: the relative error in the Frobenius norm, and the mean
+cosine between the natural gradients of both (`fisher_blocks.natural_cosine`).
 
 Run `python examples/assumptions.py --help` for the options.
 """
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     statistics = {
         layer.name: fisher_blocks.statistics_of(model, layer, chosen) for layer in convolutions
     }
-    console = Console(width=100)
+    console = Console(width=120)
     for name, of_layer in statistics.items():
         console.print(errors_of(name, of_layer))
     path = options.output / f"assumptions-{options.dataset}{'-quick' * options.quick}.png"
@@ -105,7 +106,7 @@ def errors_of(name: str, statistics: fisher_blocks.Statistics) -> Table:
     table = Table(title=f"Fisher block of {name}, {len(block)} weights")
     table.add_column("approximation")
     table.add_column("relative error", justify="right")
-    table.add_column(f"cosine of natural gradients, damping {damping:g}", justify="right")
+    table.add_column(f"cosine at damping {damping:g}", justify="right")
     for text, matrix in matrices.items():
         table.add_row(
             text,
