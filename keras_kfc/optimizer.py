@@ -48,7 +48,7 @@ class KFC(FactorUpdates):
     the period. `ν` is estimated as `v · (-α D)`, summed over layers. Both the
     damping and the trust region are free of scale by default: `λ` is `damping`
     times the mean eigenvalue of the layer's own block, and `C` is `kl_clip` times
-    a moving average of the loss. A constant factor on the loss then changes nothing.
+    a moving average of the loss. A constant factor in the compiled loss then changes nothing.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled
     loss: categorical, sparse categorical and binary cross-entropy and mean
