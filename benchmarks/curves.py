@@ -30,9 +30,9 @@ def to_target(
         For every optimizer the numbers over seeds of "iterations", "seconds" and "total",
         seconds with the first step (all infinite where the target was missed); how much of
         each was spent at the end of the run, "at least"; whether the median run "missed" the
-        target, and most runs "diverged"; the "ratio" of medians to those of the first optimizer, a lower
-        bound where the target was missed, NaN where there is none; and the test accuracy or
-        test loss at that measurement, "test".
+        target and most runs "diverged"; the "ratio" of medians to those of the first
+        optimizer, a lower bound where the target was missed, NaN where there is none; and
+        the test accuracy or test loss at that measurement, "test".
     """
     rows: list[dict[str, Any]] = []
     for setting, of_setting in runs.items():
@@ -46,7 +46,8 @@ def to_target(
                 row["test"].append((run.test_accuracies or run.test_losses)[hit])
         row["optimizer"] = setting
         row["missed"] = math.isinf(statistics.median(row["iterations"]))
-        row["diverged"] = 2 * sum(run.diverged for run in of_setting) > len(of_setting)
+        most = 2 * sum(run.diverged for run in of_setting) > len(of_setting)
+        row["diverged"] = row["missed"] and most
         row["at least"] = {
             "iterations": statistics.median(run.iterations[-1] for run in of_setting),
             "seconds": statistics.median(run.seconds[-1] for run in of_setting),
