@@ -5,10 +5,7 @@ in turns, and medians are shown; errors are against float64.
 """
 
 import argparse
-import os
 from typing import Any
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf

@@ -5,11 +5,8 @@ medians are shown.
 """
 
 import argparse
-import os
 import time
 from typing import Any
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks.harness import interleaved, report
 from benchmarks.step import NETS, Training

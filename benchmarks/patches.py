@@ -9,10 +9,7 @@ what a process takes at most beyond the result, in a process of its own.
 import argparse
 import dataclasses
 import json
-import os
 from typing import Any
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf

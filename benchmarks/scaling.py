@@ -17,16 +17,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks import curves
-from benchmarks.search import FAMILIES, number_in, search
-from benchmarks.training import (
-    Budget,
-    Experiment,
+from benchmarks.options import (
     add_common_options,
     check_optimizers,
     folder_of,
     progress_display,
     task_from,
 )
+from benchmarks.search import FAMILIES, number_in, search
+from benchmarks.training import Budget, Experiment
 
 # Iterations to the target for each seed, infinite where it was missed, by batch size, by
 # optimizer.

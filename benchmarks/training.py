@@ -11,25 +11,27 @@ is not run again. Tables go to the screen and to `summary.md`, curves to `curves
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import keras
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from benchmarks import curves
-from benchmarks.harness import OUTPUT, describe_machine
-from benchmarks.runs import Run, Trainer, optimizer_of, schedule
+from benchmarks.harness import describe_machine
+from benchmarks.options import (
+    add_common_options,
+    check_optimizers,
+    folder_of,
+    progress_display,
+    task_from,
+)
+from benchmarks.runs import Run, Trainer, schedule
 from benchmarks.search import FAMILIES, search
-from benchmarks.tasks import DATA, NETWORKS, Task, task_of
-from examples.data import DataError
+from benchmarks.tasks import Task
 
 # What the tables tell the iterations and seconds to: training losses, and test accuracies.
 TARGETS = {"autoencoder": (0.3, 0.285), "small-autoencoder": (0.18, 0.15)}
@@ -220,56 +222,6 @@ def compare(
     settings = list(dict.fromkeys(settings))
     runs = [experiment.train(settings, seed, grids=grids) for seed in seeds]
     return dict(zip(settings, map(list, zip(*runs, strict=True)), strict=True))
-
-
-def progress_display() -> Progress:
-    """A progress bar that counts iterations."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say on what to train, and where results go."""
-    parser.add_argument(
-        "--task",
-        default="fashion-mnist/conv",
-        help=f"DATA/NETWORK, of {', '.join(DATA)} and {', '.join(NETWORKS)} (%(default)s)",
-    )
-    parser.add_argument("--data-dir", help="folder of the data's files; otherwise Keras downloads")
-    parser.add_argument("--examples", type=int, help="number of training examples (all)")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=OUTPUT / "training", help="folder for results"
-    )
-
-
-def check_optimizers(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Ends the program with a sentence if an optimizer is not known."""
-    for name in names:
-        if name not in FAMILIES:
-            try:
-                optimizer_of(name)
-            except ValueError as error:
-                parser.error(str(error))
-
-
-def task_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Task:
-    """Loads the task that the options name, or ends the program with a sentence."""
-    try:
-        return task_of(arguments.task, arguments.data_dir, arguments.examples)
-    except (ValueError, DataError) as error:
-        parser.error(str(error))
-
-
-def folder_of(arguments: argparse.Namespace, batch_size: int) -> pathlib.Path:
-    """Folder of the results of one task and batch size."""
-    size = "" if arguments.examples is None else f"-{arguments.examples}"
-    return arguments.output / f"{arguments.task.replace('/', '-')}{size}-batch-{batch_size}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

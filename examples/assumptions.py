@@ -27,7 +27,7 @@ from rich.table import Table
 
 import keras_kfc
 from examples import fisher_blocks
-from examples.data import DataError, load_digits, load_fashion_mnist
+from examples.data import DataError, load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REACH = 3
@@ -44,9 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parse(arguments)
     try:
-        data = (
-            load_digits() if options.dataset == "digits" else load_fashion_mnist(options.data_dir)
-        )
+        data = load(options.dataset, options.data_dir)
     except DataError as error:
         print(error, file=sys.stderr)
         return 1

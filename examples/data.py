@@ -47,6 +47,11 @@ class ImageData:
         )
 
 
+def load(dataset: str, data_dir: str | None = None) -> ImageData:
+    """Loads `"digits"` or `"fashion-mnist"`, see the functions below."""
+    return load_digits() if dataset == "digits" else load_fashion_mnist(data_dir)
+
+
 def load_digits() -> ImageData:
     """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships.
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import keras_kfc
 from examples.comparison import Run, best, draw, table, train
-from examples.data import DataError, ImageData, load_digits, load_fashion_mnist
+from examples.data import DataError, ImageData, load
 from examples.nets import digits_net, fashion_net
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -42,9 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parse(arguments)
     try:
-        data = (
-            load_digits() if options.dataset == "digits" else load_fashion_mnist(options.data_dir)
-        )
+        data = load(options.dataset, options.data_dir)
     except DataError as error:
         print(error, file=sys.stderr)
         return 1

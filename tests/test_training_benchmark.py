@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import curves, runs, scaling, search, training
+from benchmarks import curves, options, runs, scaling, search, training
 from benchmarks.runs import Run, Trainer
 from benchmarks.tasks import task_of
 
@@ -246,7 +246,7 @@ def test_the_command_trains_tunes_keeps_and_resumes(tmp_path, monkeypatch, capsy
 
 
 def test_a_budget_in_seconds_and_divergence_end_a_run(tmp_path, task):
-    with training.progress_display() as progress:
+    with options.progress_display() as progress:
         budget = training.Budget(1000, 1e-6)
         experiment = training.Experiment(task, 50, budget, tmp_path, progress)
         slow, wild = experiment.train(["SGD(0.01)", "SGD(1e6)"], seed=1)
@@ -255,7 +255,7 @@ def test_a_budget_in_seconds_and_divergence_end_a_run(tmp_path, task):
 
 
 def test_a_training_loss_ends_a_run(tmp_path, task):
-    with training.progress_display() as progress:
+    with options.progress_display() as progress:
         budget = training.Budget(1000, until=0.5)
         experiment = training.Experiment(task, 50, budget, tmp_path, progress)
         (run,) = experiment.train(["Adam(0.01)"], seed=1)
