@@ -5,6 +5,7 @@ import logging
 import keras
 import tensorflow as tf
 
+from keras_kfc.attainable import attainable_loss
 from keras_kfc.capture import Capture
 from keras_kfc.derivatives import output_derivatives
 from keras_kfc.layers import INSTRUMENTED, layers_in, told_to_fall_back
@@ -15,7 +16,7 @@ from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ord
 from keras_kfc.step import PreconditionedStep
 
 _logger = logging.getLogger("keras_kfc")
-# The unit of the trust region is a moving average of the loss with this decay.
+# The unit of the trust region is a moving average of the excess loss with this decay.
 _LOSS_DECAY = 0.9
 
 
@@ -65,10 +66,10 @@ class FactorUpdates(PreconditionedStep):
         self._update_factors(capture, compiled, y_true, y_pred, sample_weight, value)
 
     def _update_factors(self, capture, compiled, y_true, y_pred, sample_weight, loss_value):
-        self._observe_loss(loss_value)
+        terms = loss_terms(compiled, y_true, y_pred, sample_weight)
+        self._observe_loss(loss_value, attainable_loss(terms))
 
         def gammas(sample, partitions):
-            terms = loss_terms(compiled, y_true, y_pred, sample_weight)
             derivatives = output_derivatives(terms, self.fisher, self._step_seed())
             return batch_gammas(capture, derivatives, sample, partitions)
 
@@ -95,9 +96,9 @@ class FactorUpdates(PreconditionedStep):
         due = self._is_due(self.factor_update_period)
         tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
 
-    def _observe_loss(self, value):
+    def _observe_loss(self, value, attainable):
         # Keras divides each replica's loss by their number.
-        (value,) = sum_over_replicas([tf.cast(value, tf.float32)])
+        (value,) = sum_over_replicas([tf.cast(value, tf.float32) - attainable])
         value = tf.abs(value)
         rate = tf.where(tf.math.is_finite(value), 1 - _LOSS_DECAY, 0.0)
         value = tf.where(tf.math.is_finite(value), value, 0.0)

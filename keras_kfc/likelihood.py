@@ -16,6 +16,8 @@ the negative log-likelihood of the drawn target. Source: Martens & Grosse
 Tensors: B examples, P positions, D output channels or classes.
 """
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 from keras.src.losses.losses import LossFunctionWrapper
@@ -186,6 +188,20 @@ class OutputDistribution:
         return [tf.cast(scaled, source.dtype)]
 
 
+def known_function(loss: Any) -> tuple[Any, dict[str, Any]]:
+    """The function that a Keras loss computes, and its options.
+
+    Args:
+        loss: The `keras.losses.Loss`.
+
+    Returns:
+        The function, or None where a `call` of the loss's own may compute anything, and
+        the keyword arguments that the loss calls it with.
+    """
+    known = getattr(type(loss), "call", None) is LossFunctionWrapper.call
+    return loss.fn if known else None, dict(getattr(loss, "_fn_kwargs", {}))
+
+
 def distribution_of(term: LossTerm) -> OutputDistribution:
     """The predictive distribution behind a Keras loss.
 
@@ -199,10 +215,7 @@ def distribution_of(term: LossTerm) -> OutputDistribution:
         ValueError: If the loss has no known distribution.
     """
     loss = term.loss
-    # A subclass with a `call` of its own may compute anything.
-    known = getattr(type(loss), "call", None) is LossFunctionWrapper.call
-    function = loss.fn if known else None
-    options = dict(getattr(loss, "_fn_kwargs", {}))
+    function, options = known_function(loss)
     axis = options.get("axis", -1)
     from_logits = bool(options.get("from_logits", False))
     if function is keras.losses.mean_squared_error:

@@ -42,6 +42,27 @@ class _Reduction(keras.losses.Loss):
         return y_pred
 
 
+def reduced_loss(term: LossTerm, values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """What a loss term adds to the total loss, by Keras's own reduction.
+
+    Args:
+        term: The loss term.
+        values: Loss values, one for each element.
+        mask: Mask of the elements, or None.
+
+    Returns:
+        A scalar.
+    """
+    reduction = _Reduction("reduction", term.loss.reduction, values.dtype.name)
+    entries = tf.identity(values)
+    if mask is not None:
+        entries._keras_mask = mask
+    total = tf.reduce_sum(reduction(entries, entries, sample_weight=term.sample_weight))
+    if term.loss_weight is not None:
+        total *= tf.cast(term.loss_weight, total.dtype)
+    return total
+
+
 def element_coefficients(term: LossTerm, values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     """Coefficients `c_e` of the loss values in the total loss.
 
@@ -55,18 +76,12 @@ def element_coefficients(term: LossTerm, values: tf.Tensor, mask: tf.Tensor | No
     Returns:
         A tensor of the shape of `values`; negative weights count as zero.
     """
-    reduction = _Reduction("reduction", term.loss.reduction, values.dtype.name)
     with tf.GradientTape() as tape:
         tape.watch(values)
-        entries = tf.identity(values)
-        if mask is not None:
-            entries._keras_mask = mask
-        total = tf.reduce_sum(reduction(entries, entries, sample_weight=term.sample_weight))
+        total = reduced_loss(term, values, mask)
     coefficients = tape.gradient(total, values)
     # Keras divides the loss by the number of replicas, which average again.
     coefficients *= tf.distribute.get_strategy().num_replicas_in_sync
-    if term.loss_weight is not None:
-        coefficients *= tf.cast(term.loss_weight, coefficients.dtype)
     return tf.maximum(coefficients, 0)
 
 

@@ -48,7 +48,9 @@ class KFC(FactorUpdates):
     the period. `ν` is estimated as `v · (-α D)`, summed over layers. Both the
     damping and the trust region are free of scale by default: `λ` is `damping`
     times the mean eigenvalue of the layer's own block, and `C` is `kl_clip` times
-    a moving average of the loss. A constant factor in the compiled loss then changes nothing.
+    a moving average of what the loss has above the lowest value that the targets allow
+    (zero but for cross-entropies of soft targets, where it is their entropy). A constant
+    factor in the compiled loss then changes nothing.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled
     loss: categorical, sparse categorical and binary cross-entropy and mean
@@ -72,8 +74,8 @@ class KFC(FactorUpdates):
             training. Defaults to `0.3`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether to use Nesterov momentum. Defaults to `True`.
-        kl_clip: Bound `C` of the trust region, in units of the loss (absolute if
-            `scale_free=False`), or None for no trust region. Defaults to `2e-4`.
+        kl_clip: Bound `C` of the trust region, in units of the loss above its lowest
+            value (absolute if `scale_free=False`), or None for no trust region. Defaults to `2e-4`.
         fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the
             model's own prediction (as the paper does), `"empirical"` takes the
             training targets, `"exact"` sums over all classes or outputs, one
