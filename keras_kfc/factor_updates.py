@@ -16,7 +16,7 @@ from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ord
 from keras_kfc.step import PreconditionedStep
 
 _logger = logging.getLogger("keras_kfc")
-# The unit of the trust region is a moving average of the excess loss with this decay.
+# Steps are measured in a moving average of the loss above its lowest value, with this decay.
 _LOSS_DECAY = 0.9
 
 
@@ -97,13 +97,15 @@ class FactorUpdates(PreconditionedStep):
         tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
 
     def _observe_loss(self, value, attainable):
+        excess = tf.cast(value, tf.float32) - (0.0 if attainable is None else attainable)
         # Keras divides each replica's loss by their number.
-        (value,) = sum_over_replicas([tf.cast(value, tf.float32) - attainable])
+        (value,) = sum_over_replicas([excess])
         value = tf.abs(value)
         rate = tf.where(tf.math.is_finite(value), 1 - _LOSS_DECAY, 0.0)
         value = tf.where(tf.math.is_finite(value), value, 0.0)
-        self._loss_average.assign_add(rate * (value - self._loss_average))
-        self._loss_weight.assign_add(rate * (1 - self._loss_weight))
+        self._excess_loss.assign_add(rate * (value - self._excess_loss))
+        self._excess_weight.assign_add(rate * (1 - self._excess_weight))
+        self._lowest_loss_known.assign(int(attainable is not None))
 
     def apply(self, grads, trainable_variables=None):
         """Updates the variables, after taking in a pending forward pass.

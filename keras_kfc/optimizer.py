@@ -37,20 +37,30 @@ class KFC(FactorUpdates):
 
         Ω ← average of E[Σ_t ā_t ā_tᵀ]               every `factor_update_period` steps
         Γ ← average of E[(1/|T|) Σ_t Ds_t Ds_tᵀ]     likewise
-        v = -α (Ω + π √λ I)⁻¹ D (Γ + √λ/π I)⁻¹       inverses anew every
+        d = (Ω + π √λ I)⁻¹ D (Γ + √λ/π I)⁻¹          inverses anew every
                                                      `inverse_update_period` steps
-        v ← v min(1, sqrt(C / ν)),  ν = vᵀ F v       one factor for all layers
+        α = min(learning_rate, c (1 - μ) (L - L₀) / Σ d·D)     one for all layers
+        v = -α d
         p ← μ p + v
         θ ← θ + μ p + v    (θ ← θ + p without Nesterov momentum)
 
     Updates that have a period are due more often at the start: in each of the first 8
     steps, in every second of the next 8, in every fourth of the next 16, and so on, up to
-    the period. `ν` is estimated as `v · (-α D)`, summed over layers. Both the
-    damping and the trust region are free of scale by default: `λ` is `damping`
-    times the mean eigenvalue of the layer's own block, and `C` is `kl_clip` times
-    a moving average of what the loss has above the lowest value that the targets allow
-    (zero but for cross-entropies of soft targets, where it is their entropy). A constant
-    factor in the compiled loss then changes nothing.
+    the period.
+
+    `α` is Polyak's step size in the metric of the Fisher matrix. `Σ d·D` is what a step with
+    `α = 1` would take off the loss to first order, and momentum multiplies that by
+    `1 / (1 - μ)`. Together they may promise no more than a part `c`, `polyak`, of what the
+    loss `L` (a moving average) has above the lowest value `L₀` that the targets allow: their
+    entropy for cross-entropies, zero for labels and errors. Where a gradient is mostly
+    noise, `Σ d·D` is the size of the noise, so that `α` grows with the batch.
+
+    Where `L₀` is not known, as for a loss function of your own or a train step without
+    the compiled loss, steps are held to a trust region instead: `ν = α² Σ d·D`, an estimate of
+    `vᵀ F v`, is at most `2e-4` times the loss. `kl_clip` sets such a region for all losses.
+
+    All this is free of scale: `λ` is `damping` times the mean eigenvalue of the layer's own
+    block by default, and a constant factor in the compiled loss changes nothing.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled
     loss: categorical, sparse categorical and binary cross-entropy and mean
@@ -66,16 +76,20 @@ class KFC(FactorUpdates):
         learning_rate: A float, a
             `keras.optimizers.schedules.LearningRateSchedule` instance, or a
             callable that takes no arguments and returns the value to use;
-            the paper's `α`. An upper limit rather than the step size, where the trust
-            region is smaller. Defaults to `0.05`.
+            an upper limit of `α`, which Polyak's rule mostly keeps below it.
+            Defaults to `0.05`.
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov
             damping `λ`, in units of the mean eigenvalue of the layer's block
             (absolute if `scale_free=False`). Can be read and set during
             training. Defaults to `0.3`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether to use Nesterov momentum. Defaults to `True`.
-        kl_clip: Bound `C` of the trust region, in units of the loss above its lowest
-            value (absolute if `scale_free=False`), or None for no trust region. Defaults to `2e-4`.
+        polyak: Float above 0, the part `c` of the loss above its lowest value that a
+            gradient may promise to take off, or None for steps of the learning rate alone.
+            Defaults to `1.0`.
+        kl_clip: Bound of a trust region, `ν ≤ kl_clip (L - L₀)` (absolute, `ν ≤ kl_clip`, if
+            `scale_free=False`), or None for none where Polyak's rule applies.
+            Defaults to `None`.
         fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the
             model's own prediction (as the paper does), `"empirical"` takes the
             training targets, `"exact"` sums over all classes or outputs, one
@@ -157,7 +171,8 @@ class KFC(FactorUpdates):
         damping=0.3,
         momentum=0.9,
         nesterov=True,
-        kl_clip=2e-4,
+        polyak=1.0,
+        kl_clip=None,
         fisher="sampled",
         factor_decay=0.95,
         factor_update_period=10,
@@ -195,6 +210,9 @@ class KFC(FactorUpdates):
         super().__init__(name=name, **base, **kwargs)
         self.momentum = check_number("momentum", momentum, 0, 1)
         self.nesterov = check_boolean("nesterov", nesterov)
+        if polyak is not None:
+            polyak = check_number("polyak", polyak, 0, exclude_low=True)
+        self.polyak = polyak
         if kl_clip is not None:
             kl_clip = check_number("kl_clip", kl_clip, 0, exclude_low=True)
         self.kl_clip = kl_clip
@@ -224,8 +242,9 @@ class KFC(FactorUpdates):
         self.skipped_steps = self._counter("skipped_steps")
         self.skipped_factor_updates = self._counter("skipped_factor_updates")
         self.skipped_inverse_updates = self._counter("skipped_inverse_updates")
-        self._loss_average = self.add_variable((), dtype="float32", name="loss_average")
-        self._loss_weight = self.add_variable((), dtype="float32", name="loss_weight")
+        self._excess_loss = self.add_variable((), dtype="float32", name="excess_loss")
+        self._excess_weight = self.add_variable((), dtype="float32", name="excess_weight")
+        self._lowest_loss_known = self._counter("lowest_loss_known")
         self._preconditioner: Any = None
         self._momentums: tuple[Any, ...] = ()
         self._second_moments: tuple[Any, ...] = ()
@@ -322,6 +341,7 @@ class KFC(FactorUpdates):
             "damping": damping,
             "momentum": self.momentum,
             "nesterov": self.nesterov,
+            "polyak": self.polyak,
             "kl_clip": self.kl_clip,
             "fisher": self.fisher,
             "factor_decay": self.factor_decay,

@@ -13,6 +13,9 @@ from keras_kfc.replicas import in_cross_replica_context, sum_over_replicas
 from keras_kfc.resume import ResumableOptimizer
 from keras_kfc.telemetry import StepTelemetry
 
+# Trust region of losses whose lowest value is not known, so that Polyak's rule does not apply.
+_KL_CLIP_INSTEAD = 2e-4
+
 
 class PreconditionedStep(ResumableOptimizer):
     """The part of `keras_kfc.KFC` that turns gradients into updates."""
@@ -98,7 +101,7 @@ class PreconditionedStep(ResumableOptimizer):
 
         def update():
             self._decay_weights(trainable_variables, learning_rate)
-            trust_scale = self._trust(learning_rate**2 * quadratic) if directions else 1.0
+            trust_scale = self._step_factor(learning_rate, quadratic) if directions else 1.0
             scale = -learning_rate * trust_scale
             corrections = bias_corrections(self.iterations + 1)
             fallback_rate = self.fallback_lr_ratio * learning_rate
@@ -162,17 +165,33 @@ class PreconditionedStep(ResumableOptimizer):
             gap = tf.where(step >= 4 * longer, tf.constant(longer, tf.int64), gap)
         return tf.equal(step % gap, 0)
 
-    def _trust(self, quadratic):
-        """Factor in [0, 1] that keeps the step within the trust region."""
-        if self.kl_clip is None:
-            return 1.0
-        bound = tf.constant(self.kl_clip, tf.float32)
-        if self.scale_free:
-            # Before any loss has been seen the unit is 1.
-            seen = self._loss_weight > 0
-            unit = tf.math.divide_no_nan(self._loss_average.value, self._loss_weight.value)
-            bound *= tf.where(seen, unit, 1.0)
-        return tf.minimum(1.0, tf.sqrt(tf.math.divide_no_nan(bound, tf.maximum(quadratic, 0.0))))
+    def _step_factor(self, learning_rate, quadratic):
+        """Factor in [0, 1] that bounds the step.
+
+        Args:
+            learning_rate: The learning rate.
+            quadratic: `g · F⁻¹ g`, a scalar.
+        """
+        quadratic = tf.maximum(quadratic, 0.0)
+        # Before any loss has been seen the unit is 1.
+        seen = self._excess_weight > 0
+        excess = tf.math.divide_no_nan(self._excess_loss.value, self._excess_weight.value)
+        excess = tf.where(seen, excess, 1.0)
+
+        def within_trust_region(bound):
+            bound *= excess if self.scale_free else 1.0
+            squared = tf.math.divide_no_nan(bound, learning_rate**2 * quadratic)
+            return tf.minimum(1.0, tf.sqrt(squared))
+
+        factor = 1.0 if self.kl_clip is None else within_trust_region(self.kl_clip)
+        if self.polyak is not None:
+            # What a gradient takes off the loss to first order, momentum included.
+            decrease = learning_rate * quadratic / (1 - self.momentum)
+            polyak = tf.math.divide_no_nan(self.polyak * excess, decrease)
+            instead = within_trust_region(_KL_CLIP_INSTEAD) if self.kl_clip is None else 1.0
+            known = self._lowest_loss_known > 0
+            factor = tf.minimum(factor, tf.where(known, polyak, instead))
+        return factor
 
     def _momentum_change(self, index, variable, scale, direction):
         """Moves the momentum of a variable with a block, and tells the variable's change."""

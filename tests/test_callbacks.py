@@ -80,7 +80,9 @@ def test_trust_scale_is_the_share_of_the_step_that_is_taken():
     """Without momentum, a bounded step is the free step times the trust scale."""
 
     def first_step(kl_clip):
-        optimizer = KFC(momentum=0.0, fisher="exact", kl_clip=kl_clip, fallback_lr_ratio=0.0)
+        optimizer = KFC(
+            momentum=0.0, fisher="exact", polyak=None, kl_clip=kl_clip, fallback_lr_ratio=0.0
+        )
         model = compiled(optimizer)
         history = fit(model, epochs=1, batch_size=36, callbacks=[CurvatureMonitor("none")]).history
         return history["update_norm"][0], history["trust_scale"][0]

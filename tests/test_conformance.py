@@ -105,7 +105,7 @@ class TestOptimizer(testing.TestCase):
             KFC(
                 learning_rate=keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5),
                 damping=keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5),
-                kl_clip=None,
+                polyak=None,
                 fisher="exact",
                 clipnorm=1.0,
                 use_ema=True,

@@ -119,7 +119,7 @@ def test_undamped_step_solves_linear_least_squares():
     extended = np.append(inputs, np.ones((40, 1)), axis=1)
     solution = np.linalg.lstsq(extended, targets, rcond=None)[0]
     for optimizer, lands in (
-        (keras_kfc.KFC(1.0, damping=0.0, momentum=0.0, kl_clip=None, fisher="exact"), True),
+        (keras_kfc.KFC(1.0, damping=0.0, momentum=0.0, polyak=None, fisher="exact"), True),
         (keras.optimizers.SGD(1.0), False),
     ):
         model = keras_kfc.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3)])
@@ -328,6 +328,7 @@ def test_undamped_training_is_invariant_to_affine_changes_of_coordinates():
         return keras_kfc.KFC(
             0.2,
             damping=1e-13,
+            polyak=None,
             kl_clip=1e-3,
             fisher="exact",
             factor_update_period=1,

@@ -71,6 +71,7 @@ def optimizers(draw):
         "learning_rate": draw(st.sampled_from([0.0, 0.05, 1.0])),
         "damping": draw(st.sampled_from([0.0, 1e-6, 0.2, 1e4])),
         "momentum": draw(st.sampled_from([0.0, 0.9])),
+        "polyak": draw(st.sampled_from([None, 1.0])),
         "kl_clip": draw(st.sampled_from([None, 5e-4])),
         "fisher": draw(st.sampled_from(["sampled", "empirical", "exact"])),
         "factor_update_period": draw(st.integers(1, 3)),
@@ -152,8 +153,9 @@ def fits(network):
 @given(networks(), optimizers(), batches)
 def test_training_survives_what_sgd_survives(network, arguments, drawn):
     assume(fits(network))
-    # Without a trust region, KFC takes the step it is told to.
-    assume(arguments["kl_clip"] is not None or arguments["learning_rate"] <= 0.05)
+    # Where nothing bounds it, KFC takes the step it is told to.
+    bounded = arguments["kl_clip"] is not None or arguments["polyak"] is not None
+    assume(bounded or arguments["learning_rate"] <= 0.05)
     keras.config.set_dtype_policy(network["policy"])
     survived = finite_after(
         build(keras.layers, network), keras.optimizers.SGD(1e-3), network, drawn

@@ -10,7 +10,7 @@ from keras_kfc.layers import Dense
 
 LOSS = "sparse_categorical_crossentropy"
 # Without a trust region, which joins all layers, branches train independently.
-SETTINGS = {"fisher": "exact", "kl_clip": None, "learning_rate": 0.01, "seed": 3}
+SETTINGS = {"fisher": "exact", "polyak": None, "learning_rate": 0.01, "seed": 3}
 
 
 def data(examples=32, seed=5):

@@ -10,6 +10,7 @@ import keras_kfc
 NUMBERS = {
     "damping": (-0.1, float("nan"), float("inf")),
     "momentum": (-0.1, 1.0),
+    "polyak": (0.0, -1.0, float("inf")),
     "kl_clip": (0.0, -1.0),
     "factor_decay": (-0.1, 1.0),
     "fallback_lr_ratio": (-0.1,),
@@ -80,7 +81,8 @@ SETTINGS = {
     "damping": 0.5,
     "momentum": 0.8,
     "nesterov": False,
-    "kl_clip": None,
+    "polyak": 0.5,
+    "kl_clip": 1e-3,
     "fisher": "exact",
     "factor_decay": 0.9,
     "factor_update_period": 3,

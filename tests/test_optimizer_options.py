@@ -201,7 +201,7 @@ def test_factors_see_every_micro_batch_of_an_accumulated_step():
 
 def test_accumulated_micro_batches_are_one_batch():
     """With averages that hardly forget, two halves have the factors of the whole."""
-    settings = {"fisher": "exact", "factor_decay": 0.9999, "kl_clip": None}
+    settings = {"fisher": "exact", "factor_decay": 0.9999, "polyak": None}
     whole = fitted(kfc(**settings), size=32)
     halves = fitted(kfc(gradient_accumulation_steps=2, **settings), size=16)
     assert_equal_weights(halves, whole, rtol=2e-3, atol=1e-5)

@@ -106,7 +106,7 @@ def empirical():
 
 
 def own_loss():
-    return against_one_device(lambda: KFC(**PERIODS, kl_clip=None), kind=OwnLoss)
+    return against_one_device(lambda: KFC(**PERIODS, polyak=None), kind=OwnLoss)
 
 
 def resumed():

@@ -11,13 +11,18 @@ from keras_kfc.fallback import adam_step, bias_corrections
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("kl_clip", [None, 1e-3])
-def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip):
+@pytest.mark.parametrize(("kl_clip", "polyak"), [(None, None), (1e-3, None), (None, 0.01)])
+def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
     keras.config.set_floatx("float64")
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 4)), rng.normal(size=(16, 3))
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3)])
-    options = {"nesterov": nesterov, "kl_clip": kl_clip, "scale_free": False}
+    options = {
+        "nesterov": nesterov,
+        "kl_clip": kl_clip,
+        "polyak": polyak,
+        "scale_free": False,
+    }
     learning_rate, momentum = 0.3, 0.7
     optimizer = keras_kfc.KFC(
         learning_rate, damping=0.2, momentum=momentum, fisher="exact", **options
@@ -26,7 +31,9 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip):
     extended = np.column_stack([x, np.ones(len(x))])
     weights = np.vstack([*model.get_weights()[0:1], model.get_weights()[1][None]])
     velocity = np.zeros_like(weights)
+    losses = []
     for _ in range(5):
+        losses.append(np.mean((extended @ weights - y) ** 2))
         model.train_on_batch(x, y)
         block = model.optimizer.blocks[0]
         # The gradient of the mean squared error of a linear model, by hand.
@@ -37,13 +44,92 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip):
             quadratic = learning_rate**2 * np.sum(direction * gradient)
             scale *= min(1.0, np.sqrt(kl_clip / quadratic))
             assert scale < learning_rate
+        if polyak is not None:
+            # The moving average of the loss, corrected for its start.
+            average = np.average(losses, weights=0.9 ** np.arange(len(losses))[::-1])
+            bound = polyak * (1 - momentum) * average / np.sum(direction * gradient)
+            scale = min(scale, bound)
+            assert scale < learning_rate
         step = -scale * direction
         velocity = momentum * velocity + step
         weights = weights + (momentum * velocity + step if nesterov else velocity)
-        # The trust region is computed in float32.
+        # The size of the step is computed in float32.
         np.testing.assert_allclose(
             np.vstack([model.get_weights()[0], model.get_weights()[1][None]]), weights, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nesterov):
+    """What one gradient moves in all, momentum included, takes `polyak (L - L₀)` off, to
+    first order.
+    """
+    rng = np.random.default_rng(2)
+    inputs = rng.normal(size=(32, 5)).astype("float32")
+    targets = rng.uniform(size=(32, 3)).astype("float32")
+    if not soft:
+        targets = np.round(targets)
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3, activation="sigmoid")])
+    optimizer = keras_kfc.KFC(
+        10.0, damping=1e-3, momentum=momentum, nesterov=nesterov, polyak=0.01, seed=3
+    )
+    model.compile(optimizer, "binary_crossentropy")
+    p = model.predict(inputs, verbose=0).astype("float64")
+    best = targets.astype("float64")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        divergences = best * np.log(best / p) + (1 - best) * np.log((1 - best) / (1 - p))
+    divergence = np.mean(
+        np.where((best == 0) | (best == 1), -np.log(1 - np.abs(best - p)), divergences)
+    )
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(y=targets, y_pred=model(inputs))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    before = model.get_weights()
+    model.train_on_batch(inputs, targets)
+    for _ in range(400 if momentum else 0):
+        optimizer.apply_gradients((tf.zeros_like(v), v) for v in model.trainable_variables)
+    promise = -sum(
+        np.sum((new - old) * gradient.numpy())
+        for new, old, gradient in zip(model.get_weights(), before, gradients, strict=True)
+    )
+    np.testing.assert_allclose(promise, 0.01 * divergence, rtol=1e-3)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_loss_with_no_known_lowest_value_has_a_trust_region_instead(known):
+    """The same loss, as Keras's own and as a function that could be anything."""
+    rng = np.random.default_rng(2)
+    inputs = rng.normal(size=(32, 5)).astype("float32")
+    targets = rng.normal(size=(32, 3)).astype("float32")
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3)])
+    optimizer = keras_kfc.KFC(10.0, momentum=0.0, fisher="empirical", seed=3)
+
+    def own(y_true, y_pred):
+        return tf.reduce_mean((y_true - y_pred) ** 2, axis=-1)
+
+    model.compile(optimizer, "mse" if known else own)
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(y=targets, y_pred=model(inputs))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    before = model.get_weights()
+    model.train_on_batch(inputs, targets)
+    (block,) = optimizer.blocks
+    step = [new - old for new, old in zip(model.get_weights(), before, strict=True)]
+    promise = -sum(np.sum(s * g.numpy()) for s, g in zip(step, gradients, strict=True))
+    joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
+    omega, gamma = (
+        np.linalg.inv(part[0].numpy().astype("float64"))
+        for part in (block.omega_inverse, block.gamma_inverse)
+    )
+    quadratic = np.sum(joint * (omega @ joint @ gamma))
+    if known:
+        np.testing.assert_allclose(promise, float(loss), rtol=1e-3)
+    else:
+        np.testing.assert_allclose(quadratic, 2e-4 * float(loss), rtol=1e-3)
 
 
 def test_fallback_rule_is_adam_with_a_relative_epsilon():

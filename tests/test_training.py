@@ -216,7 +216,7 @@ def test_learning_rate_and_damping_are_read_and_set_during_training():
     with pytest.raises(TypeError, match="damping is not settable"):
         optimizer.damping = 0.1
 
-    model, optimizer = conv_net(), kfc(kl_clip=None)
+    model, optimizer = conv_net(), kfc(polyak=None)
     train(model, optimizer, steps=1)
     optimizer.learning_rate = 0.0
     before = model.layers[0].get_weights()
@@ -238,7 +238,9 @@ def test_trust_region_bounds_the_quadratic_form():
     images, labels = image_batch()
     for kl_clip in (1e-6, 1e-4):
         model = conv_net(batch_norm=False)
-        optimizer = kfc(kl_clip=kl_clip, learning_rate=10.0, nesterov=False, damping=1e-3)
+        optimizer = kfc(
+            polyak=None, kl_clip=kl_clip, learning_rate=10.0, nesterov=False, damping=1e-3
+        )
         model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
         loss = model.evaluate(images, labels, verbose=0)
         before = {layer.name: layer.get_weights() for layer in model.layers}
