@@ -84,9 +84,9 @@ class KFC(FactorUpdates):
             training. Defaults to `0.3`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether to use Nesterov momentum. Defaults to `True`.
-        polyak: Float above 0, the part `c` of the loss above its lowest value that a
-            gradient may promise to take off, or None for steps of the learning rate alone.
-            Defaults to `1.0`.
+        polyak: A float above 0, or a `LearningRateSchedule`: the part `c` of the loss above
+            its lowest value that a gradient may promise to take off. Can be read and set
+            during training. None for steps of the learning rate alone. Defaults to `1.0`.
         kl_clip: Bound of a trust region, `ν ≤ kl_clip (L - L₀)` (absolute, `ν ≤ kl_clip`, if
             `scale_free=False`), or None for none where Polyak's rule applies.
             Defaults to `None`.
@@ -210,9 +210,6 @@ class KFC(FactorUpdates):
         super().__init__(name=name, **base, **kwargs)
         self.momentum = check_number("momentum", momentum, 0, 1)
         self.nesterov = check_boolean("nesterov", nesterov)
-        if polyak is not None:
-            polyak = check_number("polyak", polyak, 0, exclude_low=True)
-        self.polyak = polyak
         if kl_clip is not None:
             kl_clip = check_number("kl_clip", kl_clip, 0, exclude_low=True)
         self.kl_clip = kl_clip
@@ -233,10 +230,8 @@ class KFC(FactorUpdates):
         self.max_factor_dim = max_factor_dim
         self.fallback_lr_ratio = check_number("fallback_lr_ratio", fallback_lr_ratio, 0)
         self.seed = check_seed(seed)
-        self._damping = None
-        if not isinstance(damping, keras.optimizers.schedules.LearningRateSchedule):
-            check_number("damping", damping, 0)
         self.damping = damping
+        self.polyak = polyak
         draw = random.randrange(2**31) if self.seed is None else self.seed
         self._draw_seed = self._counter("seed", initial=draw)
         self.skipped_steps = self._counter("skipped_steps")
@@ -331,17 +326,12 @@ class KFC(FactorUpdates):
 
     def get_config(self):
         """Configuration from which `from_config` makes an equal optimizer."""
-        damping = self._damping
-        if isinstance(damping, keras.Variable):
-            damping = float(damping.numpy())
-        else:
-            damping = keras.optimizers.schedules.serialize(damping)
         return {
             **super().get_config(),
-            "damping": damping,
+            "damping": KFC.damping.serialized(self),
             "momentum": self.momentum,
             "nesterov": self.nesterov,
-            "polyak": self.polyak,
+            "polyak": KFC.polyak.serialized(self),
             "kl_clip": self.kl_clip,
             "fisher": self.fisher,
             "factor_decay": self.factor_decay,
@@ -357,9 +347,6 @@ class KFC(FactorUpdates):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Makes an optimizer from its configuration."""
-        if isinstance(config.get("damping"), dict):
-            damping = keras.saving.deserialize_keras_object(
-                config["damping"], custom_objects=custom_objects
-            )
-            config = {**config, "damping": damping}
+        for settable in (cls.damping, cls.polyak):
+            config = settable.deserialized(config, custom_objects)
         return super().from_config(config, custom_objects=custom_objects)

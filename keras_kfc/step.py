@@ -1,16 +1,13 @@
 """One step of the optimizer, given its factors: inverses, directions, trust region, momentum."""
 
-from typing import Any
-
-import keras
 import tensorflow as tf
 
-from keras_kfc.arguments import check_number
 from keras_kfc.blocks import all_finite
 from keras_kfc.fallback import adam_step, bias_corrections
 from keras_kfc.preconditioner import Preconditioner
 from keras_kfc.replicas import in_cross_replica_context, sum_over_replicas
 from keras_kfc.resume import ResumableOptimizer
+from keras_kfc.settable import Settable
 from keras_kfc.telemetry import StepTelemetry
 
 # Trust region of losses whose lowest value is not known, so that Polyak's rule does not apply.
@@ -22,48 +19,11 @@ class PreconditionedStep(ResumableOptimizer):
 
     _preconditioner: Preconditioner
     _built_now: bool
-    # A variable, a schedule, or None before there is any.
-    _damping: Any
     # Sums over steps, where somebody watches; see `keras_kfc.callbacks.CurvatureMonitor`.
     watched_steps: StepTelemetry | None
 
-    @property
-    def damping(self):
-        """Damping now: a variable, or the value of its schedule."""
-        if isinstance(self._damping, keras.optimizers.schedules.LearningRateSchedule):
-            return self._damping(self.iterations)
-        return self._damping
-
-    @damping.setter
-    def damping(self, damping):
-        schedule = keras.optimizers.schedules.LearningRateSchedule
-        if isinstance(damping, schedule):
-            if self.built:
-                raise TypeError(
-                    "A train step that was traced reads the `damping` that the optimizer had then: "
-                    "set a `LearningRateSchedule` when the optimizer is created, and a float at "
-                    f"any time. Received: damping={damping!r}"
-                )
-            if isinstance(self._damping, keras.Variable):
-                self._untrack_variable(self._damping)
-            self._damping = damping
-            return
-        if isinstance(self._damping, schedule):
-            raise TypeError(
-                "This optimizer was created with a `LearningRateSchedule` object as its "
-                "`damping`, hence its damping is not settable. Create the optimizer with a "
-                "float `damping` instead."
-            )
-        value = check_number("damping", damping, 0)
-        if self._damping is None:
-            self._damping = self.add_variable(
-                (),
-                initializer=keras.initializers.Constant(value),
-                name="damping",
-                aggregation="only_first_replica",
-            )
-        else:
-            self._damping.assign(value)
+    damping = Settable()
+    polyak = Settable(exclude_zero=True, optional=True)
 
     def watch_steps(self) -> bool:
         """Lets train steps that are traced from now on add to `watched_steps`.
@@ -184,10 +144,11 @@ class PreconditionedStep(ResumableOptimizer):
             return tf.minimum(1.0, tf.sqrt(squared))
 
         factor = 1.0 if self.kl_clip is None else within_trust_region(self.kl_clip)
-        if self.polyak is not None:
+        part = self.polyak
+        if part is not None:
             # What a gradient takes off the loss to first order, momentum included.
             decrease = learning_rate * quadratic / (1 - self.momentum)
-            polyak = tf.math.divide_no_nan(self.polyak * excess, decrease)
+            polyak = tf.math.divide_no_nan(tf.cast(part, tf.float32) * excess, decrease)
             instead = within_trust_region(_KL_CLIP_INSTEAD) if self.kl_clip is None else 1.0
             known = self._lowest_loss_known > 0
             factor = tf.minimum(factor, tf.where(known, polyak, instead))

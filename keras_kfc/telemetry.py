@@ -14,7 +14,7 @@ _NAMES = ("trust_scale", "gradient_norm", "update_norm")
 class StepTelemetry:
     """Sums over steps, since the last reset, of three numbers for each step.
 
-    They are the factor in [0, 1] by which the trust region shortened the step, and
+    They are the factor in [0, 1] by which Polyak's rule or a trust region shortened the step, and
     the norms over all variables of the gradients (after clipping) and of the
     changes (with momentum, without weight decay). Skipped steps do not count.
     """
@@ -31,7 +31,7 @@ class StepTelemetry:
         """Adds one step.
 
         Args:
-            trust_scale: The factor of the trust region, a scalar.
+            trust_scale: That factor, a scalar.
             gradients: Gradients of all variables.
             changes: Changes of all variables.
         """

@@ -114,11 +114,12 @@ def test_config_round_trip():
 def test_schedules_survive_the_config():
     decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
     growth = keras.optimizers.schedules.PolynomialDecay(0.5, 20, 0.1)
-    optimizer = keras_kfc.KFC(learning_rate=decay, damping=growth)
+    optimizer = keras_kfc.KFC(learning_rate=decay, damping=growth, polyak=decay)
     restored = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert restored.get_config() == optimizer.get_config()
     restored.iterations.assign(20)
     assert float(restored.damping) == pytest.approx(0.1)
+    assert float(restored.polyak) == pytest.approx(0.025)
     assert float(restored.learning_rate) == pytest.approx(0.025)
 
 
@@ -152,6 +153,24 @@ def test_weights_of_the_optimizer_have_one_order():
         train(model, keras_kfc.KFC(), steps=1)
         orders.append([(v.name, tuple(v.shape)) for v in model.optimizer.variables])
     assert orders[0] == orders[1]
+
+
+def test_polyak_is_set_during_training_unless_it_is_none():
+    optimizer = keras_kfc.KFC()
+    optimizer.build(conv_net().trainable_variables)
+    optimizer.polyak = 0.25
+    assert float(optimizer.polyak) == optimizer.get_config()["polyak"] == 0.25
+    for value in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="`polyak` must be"):
+            optimizer.polyak = value
+    with pytest.raises(TypeError, match="or None when the optimizer is created"):
+        optimizer.polyak = None
+    without = keras_kfc.KFC(polyak=None)
+    assert without.polyak is None
+    assert keras_kfc.KFC.from_config(without.get_config()).polyak is None
+    without.build(conv_net().trainable_variables)
+    with pytest.raises(TypeError, match="if it was created with one"):
+        without.polyak = 1.0
 
 
 def test_a_schedule_of_damping_after_the_build_is_refused():

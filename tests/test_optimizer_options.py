@@ -243,7 +243,7 @@ def test_options_together():
     assert_equal_weights(fitted(kfc(**optimizer), **options), eager, rtol=1e-3)
 
 
-def test_schedules_of_learning_rate_and_damping_follow_the_iterations(reference):
+def test_schedules_follow_the_iterations(reference):
     constant = keras.optimizers.schedules.PiecewiseConstantDecay
     same = kfc(learning_rate=constant([2], [0.05, 0.05]), damping=constant([2], [0.3, 0.3]))
     assert_equal_weights(fitted(same), reference)
@@ -253,5 +253,11 @@ def test_schedules_of_learning_rate_and_damping_follow_the_iterations(reference)
     x, y = batches()
     one_step.fit(x[:32], y[:32], batch_size=16, shuffle=False, verbose=0)
     assert_equal_weights(fitted(stopped), one_step)
+    same = kfc(polyak=constant([2], [1.0, 1.0]))
+    assert_equal_weights(fitted(same), reference)
+    stopped = fitted(kfc(polyak=constant([1], [1.0, 0.0]), momentum=0.0))
+    # The normalisation goes on, by the fallback rule.
+    assert_equal_weights(stopped.get_layer("hidden"), one_step.get_layer("hidden"))
+    assert_equal_weights(stopped.get_layer("head"), one_step.get_layer("head"))
     damped = kfc(damping=constant([0], [0.3, 5.0]))
     assert_other_weights(fitted(damped), reference)

@@ -216,6 +216,17 @@ def test_learning_rate_and_damping_are_read_and_set_during_training():
     with pytest.raises(TypeError, match="damping is not settable"):
         optimizer.damping = 0.1
 
+    model, optimizer = conv_net(), kfc(momentum=0.0, fallback_lr_ratio=0.0)
+    train(model, optimizer, steps=1)
+    size = []
+    for polyak in (0.1, 0.05):
+        optimizer.polyak = polyak
+        before = model.layers[0].get_weights()
+        model.fit(*image_batch(), batch_size=32, verbose=0)
+        size.append(relative_error(model.layers[0].get_weights()[0], before[0]))
+    # Not quite the half: the weights have moved.
+    assert 0.3 < size[1] / size[0] < 0.7
+
     model, optimizer = conv_net(), kfc(polyak=None)
     train(model, optimizer, steps=1)
     optimizer.learning_rate = 0.0
