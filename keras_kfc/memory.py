@@ -89,7 +89,7 @@ def bytes_text(count: int) -> str:
     return f"{count} B"
 
 
-def planned_blocks(variables: Sequence[Any], max_factor_dim: int | None) -> list[BlockPlan]:
+def planned_blocks(variables: Any, max_factor_dim: int | None) -> list[BlockPlan]:
     """The blocks that an optimizer would have for some trainable variables.
 
     Args:
@@ -98,7 +98,22 @@ def planned_blocks(variables: Sequence[Any], max_factor_dim: int | None) -> list
 
     Returns:
         Path, layout, index of the kernel, and index of the bias or None, for each.
+
+    Raises:
+        ValueError: If `variables` is None.
+        TypeError: If it is not a list.
     """
+    if variables is None:
+        raise ValueError(
+            "Argument `variables` is needed before the optimizer is built, for example "
+            "`optimizer.memory_usage(model.trainable_variables)`. Received: variables=None"
+        )
+    if not isinstance(variables, (list, tuple)):
+        raise TypeError(
+            "Argument `variables` must be a list of variables, for example "
+            f"`model.trainable_variables`. Received: variables={variables!r} of type "
+            f"{type(variables).__name__}"
+        )
     return [
         (
             layer.path,

@@ -307,17 +307,6 @@ class KFC(FactorUpdates):
         if self.built:
             variables = self._trainable_variables
             parts = [(b.path, b.partition, b.kernel, b.bias) for b in self.blocks]
-        elif variables is None:
-            raise ValueError(
-                "Argument `variables` is needed before the optimizer is built, for example "
-                "`optimizer.memory_usage(model.trainable_variables)`. Received: variables=None"
-            )
-        elif not isinstance(variables, (list, tuple)):
-            raise TypeError(
-                "Argument `variables` must be a list of variables, for example "
-                f"`model.trainable_variables`. Received: variables={variables!r} of type "
-                f"{type(variables).__name__}"
-            )
         else:
             parts = planned_blocks(variables, self.max_factor_dim)
         copies = int(self.use_ema) + bool(self.gradient_accumulation_steps)
