@@ -39,29 +39,39 @@ class PreconditionedStep(ResumableOptimizer):
     def _apply_weight_decay(self, variables):
         """Does nothing: decay belongs to the update, which broken gradients skip."""
 
+    def _clip_gradients(self, grads):
+        """Does nothing: the update clips, which needs the gradients as they were, too."""
+        return grads
+
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         variables = {self._get_variable_index(v): v for v in trainable_variables}
-        gradients = {
-            index: tf.convert_to_tensor(gradient)
-            for index, gradient in zip(variables, sum_over_replicas(grads), strict=True)
-        }
+
+        def by_index(parts):
+            parts = map(tf.convert_to_tensor, sum_over_replicas(parts))
+            return dict(zip(variables, parts, strict=True))
+
+        clipped = super()._clip_gradients(grads)
+        gradients = by_index(clipped)
         in_cross_replica_context(self._refresh_inverses)
         directions = self._preconditioner.directions(gradients, first=self._built_now)
-        quadratic = tf.add_n(
-            [tf.zeros(())]
-            + [
-                tf.cast(tf.reduce_sum(tf.cast(gradients[i], d.dtype) * d), tf.float32)
-                for i, d in directions.items()
-            ]
-        )
+        quadratic = promise = _inner_product(gradients, directions)
+        if clipped is not grads and self.polyak is not None and directions:
+            # Clipping makes a step shorter. The smaller promise of a clipped gradient would
+            # make it longer.
+            whole = by_index(grads)
+            promise = _inner_product(
+                whole, self._preconditioner.directions(whole, first=self._built_now)
+            )
         # The fallback rule keeps squares, which may overflow where the gradient does not.
         squares = [tf.square(g) for i, g in gradients.items() if i not in directions]
-        usable = all_finite([quadratic, *gradients.values(), *squares])
+        usable = all_finite([quadratic, promise, *gradients.values(), *squares])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update():
             self._decay_weights(trainable_variables, learning_rate)
-            trust_scale = self._step_factor(learning_rate, quadratic) if directions else 1.0
+            trust_scale = (
+                self._step_factor(learning_rate, quadratic, promise) if directions else 1.0
+            )
             scale = -learning_rate * trust_scale
             corrections = bias_corrections(self.iterations + 1)
             fallback_rate = self.fallback_lr_ratio * learning_rate
@@ -125,14 +135,15 @@ class PreconditionedStep(ResumableOptimizer):
             gap = tf.where(step >= 4 * longer, tf.constant(longer, tf.int64), gap)
         return tf.equal(step % gap, 0)
 
-    def _step_factor(self, learning_rate, quadratic):
+    def _step_factor(self, learning_rate, quadratic, promise):
         """Factor in [0, 1] that bounds the step.
 
         Args:
             learning_rate: The learning rate.
             quadratic: `g · F⁻¹ g`, a scalar.
+            promise: The same before gradients were clipped.
         """
-        quadratic = tf.maximum(quadratic, 0.0)
+        quadratic, promise = tf.maximum(quadratic, 0.0), tf.maximum(promise, 0.0)
         # Before any loss has been seen the unit is 1.
         seen = self._excess_weight > 0
         excess = tf.math.divide_no_nan(self._excess_loss.value, self._excess_weight.value)
@@ -147,7 +158,7 @@ class PreconditionedStep(ResumableOptimizer):
         part = self.polyak
         if part is not None:
             # What a gradient takes off the loss to first order, momentum included.
-            decrease = learning_rate * quadratic / (1 - self.momentum)
+            decrease = learning_rate * promise / (1 - self.momentum)
             polyak = tf.math.divide_no_nan(tf.cast(part, tf.float32) * excess, decrease)
             instead = within_trust_region(_KL_CLIP_INSTEAD) if self.kl_clip is None else 1.0
             known = self._lowest_loss_known > 0
@@ -171,6 +182,12 @@ class PreconditionedStep(ResumableOptimizer):
         self.assign(first, new_first)
         self.assign(second, new_second)
         return update
+
+
+def _inner_product(gradients, directions):
+    """Sum over all variables with a direction, a float32 scalar."""
+    parts = [tf.reduce_sum(tf.cast(gradients[i], d.dtype) * d) for i, d in directions.items()]
+    return tf.add_n([tf.zeros(()), *(tf.cast(part, tf.float32) for part in parts)])
 
 
 def _growing_gaps(period, factor_period):

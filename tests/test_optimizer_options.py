@@ -96,9 +96,26 @@ CLIPPINGS = {
 
 @pytest.mark.parametrize("name", CLIPPINGS)
 def test_gradients_are_clipped_before_they_are_preconditioned(name, reference):
-    clipped = fitted(kfc(**{name: 0.05}))
-    assert_equal_weights(clipped, by_hand(kfc(), CLIPPINGS[name]))
+    clipped = fitted(kfc(polyak=None, **{name: 0.05}))
+    assert_equal_weights(clipped, by_hand(kfc(polyak=None), CLIPPINGS[name]))
     assert_other_weights(clipped, reference)
+
+
+def test_a_clipped_gradient_makes_a_step_shorter():
+    """Polyak's rule by itself would make it longer: a smaller gradient promises less."""
+    options = {"momentum": 0.0, "polyak": 0.01, "fallback_lr_ratio": 0.0}
+    model = net()
+    start = model.get_weights()
+    x, y = batches()
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(keras.losses.get(LOSS)(y, model(x)))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    bound = 0.25 * float(tf.linalg.global_norm(gradients))
+    free = fitted(kfc(**options), size=64).get_weights()
+    clipped = fitted(kfc(global_clipnorm=bound, **options), size=64).get_weights()
+    for before, far, near in zip(start, free, clipped, strict=True):
+        np.testing.assert_allclose(near - before, 0.25 * (far - before), rtol=1e-3, atol=1e-6)
+    assert np.abs(free[0] - start[0]).max() > 1e-3
 
 
 def test_a_wide_clip_changes_nothing(reference):
