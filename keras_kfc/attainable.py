@@ -10,7 +10,7 @@ Squared errors and other losses of regression are lowest where predictions equal
 cross-entropies of labels become zero. Of functions that a user wrote nothing is known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -33,47 +33,67 @@ def attainable_loss(terms: Sequence[LossTerm]) -> tf.Tensor | None:
     """
     total = tf.zeros(())
     for term in terms:
-        function, options = known_function(term.loss)
         if term.y_true is None:
             return None
-        if function in _ZERO:
+        function, options = known_function(term.loss)
+        if any(function is zero for zero in _ZERO):
             continue
-        if function not in _BEST_PREDICTIONS:
+        rule = next((rule for known, rule in _LOWEST_VALUES if function is known), None)
+        if rule is None:
             return None
-        total += tf.cast(_lowest(term, function, options), tf.float32)
+        values = rule(_targets_as_broadcast(term), options)
+        mask = getattr(term.y_pred, "_keras_mask", None)
+        total += tf.cast(reduced_loss(term, values, mask), tf.float32)
     return total
 
 
-def _lowest(term: LossTerm, function: Any, options: dict[str, Any]) -> tf.Tensor:
-    """The value of a loss whose predictions are the best ones for its targets."""
-    # Broadcast as the loss does it, so that sample weights and masks fit the values.
+def _targets_as_broadcast(term: LossTerm) -> tf.Tensor:
+    """Targets of the rank that the loss gives them, so that weights and masks fit."""
+    dtype = tf.as_dtype(term.loss.dtype)
+    # An epsilon of half precision may be none.
+    dtype = tf.float32 if dtype.size < 4 else dtype
     targets, _ = squeeze_or_expand_to_same_rank(
-        tf.cast(term.y_true, term.loss.dtype), tf.cast(term.y_pred, term.loss.dtype)
+        tf.cast(term.y_true, dtype), tf.convert_to_tensor(term.y_pred)
     )
-    best = _BEST_PREDICTIONS[function](targets, options)
-    if "from_logits" in options:
-        options = {**options, "from_logits": False}
-    values = function(targets, best, **options)
-    return reduced_loss(term, values, getattr(term.y_pred, "_keras_mask", None))
-
-
-def _smoothed(targets, options):
-    smoothing = options.get("label_smoothing", 0.0)
-    classes = tf.cast(tf.shape(targets)[options.get("axis", -1)], targets.dtype)
-    return targets * (1 - smoothing) + smoothing / classes
-
-
-def _smoothed_binary(targets, options):
-    smoothing = options.get("label_smoothing", 0.0)
-    return targets * (1 - smoothing) + smoothing / 2
-
-
-def _themselves(targets, options):
-    del options
     return targets
 
 
-_ZERO = {
+def _entropy(targets, options):
+    """Of targets that may add up to anything, since predictions are normalised."""
+    axis = options.get("axis", -1)
+    smoothing = options.get("label_smoothing", 0.0)
+    # Keras counts the last axis, whichever holds the classes.
+    classes = tf.cast(tf.shape(targets)[-1], targets.dtype)
+    targets = targets * (1 - smoothing) + smoothing / classes
+    total = tf.reduce_sum(targets, axis)
+    return _x_log_x(total) - tf.reduce_sum(_x_log_x(targets), axis)
+
+
+def _binary_entropy(targets, options):
+    smoothing = options.get("label_smoothing", 0.0)
+    targets = tf.clip_by_value(targets * (1 - smoothing) + smoothing / 2, 0, 1)
+    return -tf.reduce_mean(_x_log_x(targets) + _x_log_x(1 - targets), options.get("axis", -1))
+
+
+def _divergence_by_size(targets, options):
+    del options
+    return _x_log_x(tf.reduce_sum(targets, -1))
+
+
+def _poisson(targets, options):
+    del options
+    return tf.reduce_mean(targets - _x_log_x(targets), -1)
+
+
+def _cosine(targets, options):
+    return keras.losses.cosine_similarity(targets, targets, **options)
+
+
+def _x_log_x(x):
+    return tf.math.xlogy(x, x)
+
+
+_ZERO = (
     keras.losses.sparse_categorical_crossentropy,
     keras.losses.mean_squared_error,
     keras.losses.mean_absolute_error,
@@ -84,11 +104,11 @@ _ZERO = {
     keras.losses.hinge,
     keras.losses.squared_hinge,
     keras.losses.categorical_hinge,
-    keras.losses.kl_divergence,
-}
-_BEST_PREDICTIONS = {
-    keras.losses.categorical_crossentropy: _smoothed,
-    keras.losses.binary_crossentropy: _smoothed_binary,
-    keras.losses.poisson: _themselves,
-    keras.losses.cosine_similarity: _themselves,
-}
+)
+_LOWEST_VALUES: tuple[tuple[Any, Callable[[tf.Tensor, dict[str, Any]], tf.Tensor]], ...] = (
+    (keras.losses.categorical_crossentropy, _entropy),
+    (keras.losses.binary_crossentropy, _binary_entropy),
+    (keras.losses.kl_divergence, _divergence_by_size),
+    (keras.losses.poisson, _poisson),
+    (keras.losses.cosine_similarity, _cosine),
+)

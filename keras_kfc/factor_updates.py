@@ -105,7 +105,8 @@ class FactorUpdates(PreconditionedStep):
         value = tf.where(tf.math.is_finite(value), value, 0.0)
         self._excess_loss.assign_add(rate * (value - self._excess_loss))
         self._excess_weight.assign_add(rate * (1 - self._excess_weight))
-        self._lowest_loss_known.assign(int(attainable is not None))
+        known = False if attainable is None else tf.math.is_finite(attainable)
+        self._lowest_loss_known.assign(tf.cast(known, tf.int64))
 
     def apply(self, grads, trainable_variables=None):
         """Updates the variables, after taking in a pending forward pass.
@@ -161,6 +162,9 @@ class FactorUpdates(PreconditionedStep):
                 capture, loss.compiled, loss.y_true, loss.y_pred, loss.sample_weight, loss.value
             )
             return
+        # What was seen of another train step says nothing about this one.
+        for variable in (self._excess_loss, self._excess_weight, self._lowest_loss_known):
+            variable.assign(tf.zeros_like(variable.value))
         if self.fisher != "empirical" and not self._noticed:
             self._noticed = True
             _logger.warning(

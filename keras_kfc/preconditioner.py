@@ -180,7 +180,7 @@ class Preconditioner:
                     "fallback rule (`keras_kfc.instrument(model, exclude=[...])`)."
                 )
             if block.kernel not in self._captured:
-                # Without statistics, a step along the gradient, which the trust region bounds.
+                # Without statistics, a step along the gradient, of the usual size.
                 directions.update((i, tf.cast(gradients[i], block.omega.dtype)) for i in present)
                 continue
             kernel, bias = self._block_gradients(block, gradients)

@@ -41,6 +41,7 @@ class Settable:
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         name, held = self._name, getattr(optimizer, self._slot, None)
+        created_with_none = held is None and hasattr(optimizer, self._slot)
         self.check(value)
         if isinstance(held, keras.Variable) and not isinstance(value, _Schedule | None):
             held.assign(float(value))
@@ -51,7 +52,7 @@ class Settable:
                 f"`{name}`, hence its {name} is not settable. Create the optimizer with a "
                 f"float `{name}` instead."
             )
-        if optimizer.built:
+        if optimizer.built or (created_with_none and value is not None):
             or_none = " or None" if self._optional else ""
             raise TypeError(
                 f"A train step that was traced reads the `{name}` that the optimizer had then: "

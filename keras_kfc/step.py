@@ -1,4 +1,4 @@
-"""One step of the optimizer, given its factors: inverses, directions, trust region, momentum."""
+"""One step of the optimizer, given its factors: inverses, directions, size, momentum."""
 
 import tensorflow as tf
 
@@ -62,9 +62,11 @@ class PreconditionedStep(ResumableOptimizer):
             promise = _inner_product(
                 whole, self._preconditioner.directions(whole, first=self._built_now)
             )
+            # Clipping is there for gradients whose squares overflow.
+            promise = tf.where(tf.math.is_finite(promise), promise, quadratic)
         # The fallback rule keeps squares, which may overflow where the gradient does not.
         squares = [tf.square(g) for i, g in gradients.items() if i not in directions]
-        usable = all_finite([quadratic, promise, *gradients.values(), *squares])
+        usable = all_finite([quadratic, *gradients.values(), *squares])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update():
@@ -124,8 +126,8 @@ class PreconditionedStep(ResumableOptimizer):
     def _is_due(self, period):
         """Whether something with this period is due now, a boolean scalar.
 
-        Curvature changes fast at the start. Old inverses then let steps through the trust
-        region that are far too long, and what these do to the weights is not undone soon.
+        Curvature changes fast at the start. Old inverses then let steps through that
+        are far too long, and what these do to the weights is not undone soon.
         So what has a period is due in each of the first 8 steps, in every second of the
         next 8, in every fourth of the next 16, and so on, up to the period.
         """
@@ -160,8 +162,10 @@ class PreconditionedStep(ResumableOptimizer):
             # What a gradient takes off the loss to first order, momentum included.
             decrease = learning_rate * promise / (1 - self.momentum)
             polyak = tf.math.divide_no_nan(tf.cast(part, tf.float32) * excess, decrease)
-            instead = within_trust_region(_KL_CLIP_INSTEAD) if self.kl_clip is None else 1.0
-            known = self._lowest_loss_known > 0
+            # In proportion to `polyak`, too, so that a schedule of it serves all losses.
+            radius = tf.square(tf.cast(part, tf.float32)) * _KL_CLIP_INSTEAD
+            instead = within_trust_region(radius) if self.kl_clip is None else 1.0
+            known = seen & (self._lowest_loss_known > 0)
             factor = tf.minimum(factor, tf.where(known, polyak, instead))
         return factor
 

@@ -1,5 +1,7 @@
 """The lowest loss that targets allow, against its definition and Keras's own losses."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -71,6 +73,53 @@ def test_no_prediction_does_better_and_one_does_as_well(binary, from_logits, smo
         if not binary:
             other /= other.sum(-1, keepdims=True)
         assert float(loss(targets, given(other), WEIGHTS)) > value
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_rows_without_a_class_add_nothing(weights):
+    """As `tf.one_hot(-1, 4)` and padded batches have them."""
+    targets = SOFT.copy()
+    targets[2] = 0
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    weighted = np.ones(6) if weights is None else weights
+    expected = np.mean(weighted * entropy(targets))
+    value = attainable(loss, targets, np.zeros((6, 4), "f"), weights)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_labels_in_half_precision_can_be_met(dtype):
+    loss = keras.losses.BinaryCrossentropy(from_logits=True, dtype=dtype)
+    labels = np.eye(4, dtype="f")[[0, 3, 1, 2, 2, 0]]
+    assert attainable(loss, labels, tf.zeros((6, 4), dtype)) == 0
+
+
+def test_smoothing_counts_classes_as_keras_does():
+    """Which is along the last axis, whichever holds the classes."""
+    loss = keras.losses.CategoricalCrossentropy(axis=1, label_smoothing=0.2)
+    targets = np.moveaxis(np.eye(3, dtype="f")[RNG.integers(0, 3, size=(2, 50))], -1, 1)
+    smoothed = targets * 0.8 + 0.2 / 50
+    best = smoothed / smoothed.sum(1, keepdims=True)
+    value = attainable(loss, targets, best)
+    np.testing.assert_allclose(value, float(loss(targets, best)), rtol=1e-5)
+
+
+def test_a_divergence_from_targets_of_any_size():
+    loss = keras.losses.KLDivergence()
+    targets = 0.5 * np.eye(4, dtype="f")
+    value = attainable(loss, targets, targets)
+    np.testing.assert_allclose(value, float(loss(targets, np.eye(4, dtype="f"))), rtol=1e-4)
+
+
+def test_a_loss_that_cannot_be_hashed():
+    @dataclasses.dataclass
+    class Own:
+        factor: float
+
+        def __call__(self, y_true, y_pred):
+            return self.factor * tf.reduce_mean(tf.abs(y_true - y_pred), axis=-1)
+
+    assert attainable_loss(loss_terms(compile_loss(Own(2.0)), PIXELS, PIXELS)) is None
 
 
 def test_classes_on_another_axis_and_a_mask():

@@ -9,7 +9,7 @@ from keras_kfc import KFC
 from keras_kfc.layers import Dense
 
 LOSS = "sparse_categorical_crossentropy"
-# Without a trust region, which joins all layers, branches train independently.
+# Without a bound on the step, which joins all layers, branches train independently.
 SETTINGS = {"fisher": "exact", "polyak": None, "learning_rate": 0.01, "seed": 3}
 
 

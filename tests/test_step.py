@@ -1,4 +1,4 @@
-"""The recursions of momentum, trust region and fallback rule against naive NumPy ones."""
+"""The recursions of step size, momentum and fallback rule against naive NumPy ones."""
 
 import keras
 import numpy as np
@@ -98,15 +98,16 @@ def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nes
     np.testing.assert_allclose(promise, 0.01 * divergence, rtol=1e-3)
 
 
+@pytest.mark.parametrize("polyak", [1.0, 0.5])
 @pytest.mark.parametrize("known", [True, False])
-def test_a_loss_with_no_known_lowest_value_has_a_trust_region_instead(known):
+def test_a_loss_with_no_known_lowest_value_has_a_trust_region_instead(known, polyak):
     """The same loss, as Keras's own and as a function that could be anything."""
     rng = np.random.default_rng(2)
     inputs = rng.normal(size=(32, 5)).astype("float32")
     targets = rng.normal(size=(32, 3)).astype("float32")
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3)])
-    optimizer = keras_kfc.KFC(10.0, momentum=0.0, fisher="empirical", seed=3)
+    optimizer = keras_kfc.KFC(10.0, momentum=0.0, polyak=polyak, fisher="empirical", seed=3)
 
     def own(y_true, y_pred):
         return tf.reduce_mean((y_true - y_pred) ** 2, axis=-1)
@@ -127,9 +128,60 @@ def test_a_loss_with_no_known_lowest_value_has_a_trust_region_instead(known):
     )
     quadratic = np.sum(joint * (omega @ joint @ gamma))
     if known:
-        np.testing.assert_allclose(promise, float(loss), rtol=1e-3)
+        np.testing.assert_allclose(promise, polyak * float(loss), rtol=1e-3)
     else:
-        np.testing.assert_allclose(quadratic, 2e-4 * float(loss), rtol=1e-3)
+        np.testing.assert_allclose(quadratic, 2e-4 * polyak**2 * float(loss), rtol=1e-3)
+
+
+def test_a_train_step_that_hides_its_loss_forgets_the_one_before():
+    class OwnLoss(keras.Sequential):
+        hides = False
+
+        def train_step(self, data):
+            if not self.hides:
+                return super().train_step(data)
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = 1e-3 * tf.reduce_mean((self(x, training=True) - y) ** 2)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(16, 4)).astype("f"), rng.normal(size=(16, 3)).astype("f")
+    model = OwnLoss([keras.Input((4,)), keras_kfc.layers.Dense(3)])
+    model.compile(keras_kfc.KFC(1e3, momentum=0.0, seed=3), "mse")
+    model.fit(x, y, epochs=2, verbose=0)
+    assert int(model.optimizer._lowest_loss_known) == 1
+    model.hides = True
+    model.make_train_function(force=True)
+    before = model.get_weights()
+    model.fit(x, y, verbose=0)
+    assert int(model.optimizer._lowest_loss_known) == 0
+    (block,) = model.optimizer.blocks
+    step = [new - old for new, old in zip(model.get_weights(), before, strict=True)]
+    joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
+    omega, gamma = (
+        np.linalg.inv(part[0].numpy().astype("float64"))
+        for part in (block.omega_inverse, block.gamma_inverse)
+    )
+    np.testing.assert_allclose(np.sum(joint * (omega @ joint @ gamma)), 2e-4, rtol=1e-3)
+
+
+def test_clipping_saves_gradients_whose_squares_overflow():
+    model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3)])
+    x, y = np.ones((8, 4), "f"), np.zeros((8, 3), "f")
+    optimizer = keras_kfc.KFC(clipnorm=1.0, seed=3)
+    model.compile(optimizer, "mse")
+    model.train_on_batch(x, y)
+    before = model.get_weights()
+    with keras_kfc.Capture() as capture:
+        outputs = model(x)
+    optimizer.update_factors(capture, "mse", y, outputs)
+    optimizer.apply([tf.fill(v.shape, 1e25) for v in model.trainable_variables])
+    assert int(optimizer.skipped_steps) == 0
+    change = model.get_weights()[0] - before[0]
+    assert np.isfinite(change).all() and 0 < np.abs(change).max() < 1
 
 
 def test_fallback_rule_is_adam_with_a_relative_epsilon():
