@@ -55,12 +55,13 @@ class KFC(FactorUpdates):
     entropy for cross-entropies, zero for labels and errors. Where a gradient is mostly
     noise, `Σ d·D` is the size of the noise, so that `α` grows with the batch.
 
-    Where `L₀` is not known, as for a loss function of your own or a train step without
-    the compiled loss, steps are held to a trust region instead: `ν = α² Σ d·D`, an estimate of
-    `vᵀ F v`, is at most `2e-4` times the loss. `kl_clip` sets such a region for all losses.
+    Where `L₀` is not known, as for a loss function of your own, steps are held to a trust
+    region instead: `ν = α² Σ d·D`, an estimate of `vᵀ F v`, is at most `2e-4 c²` times the
+    loss, or times 1 where the train step hides its loss or `scale_free=False`. `kl_clip`
+    sets such a region for all losses.
 
     All this is free of scale: `λ` is `damping` times the mean eigenvalue of the layer's own
-    block by default, and a constant factor in the compiled loss changes nothing.
+    block by default, and a loss weight changes nothing.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled
     loss: categorical, sparse categorical and binary cross-entropy and mean
