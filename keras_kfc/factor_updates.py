@@ -16,8 +16,6 @@ from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ord
 from keras_kfc.step import PreconditionedStep
 
 _logger = logging.getLogger("keras_kfc")
-# Steps are measured in a moving average of the loss above its lowest value, with this decay.
-_LOSS_DECAY = 0.9
 
 
 class FactorUpdates(PreconditionedStep):
@@ -97,16 +95,13 @@ class FactorUpdates(PreconditionedStep):
         tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
 
     def _observe_loss(self, value, attainable):
-        excess = tf.cast(value, tf.float32) - (0.0 if attainable is None else attainable)
+        known = False
+        if attainable is not None:
+            known = tf.math.is_finite(attainable)
+            value = tf.cast(value, tf.float32) - tf.where(known, attainable, 0.0)
         # Keras divides each replica's loss by their number.
-        (value,) = sum_over_replicas([excess])
-        value = tf.abs(value)
-        rate = tf.where(tf.math.is_finite(value), 1 - _LOSS_DECAY, 0.0)
-        value = tf.where(tf.math.is_finite(value), value, 0.0)
-        self._excess_loss.assign_add(rate * (value - self._excess_loss))
-        self._excess_weight.assign_add(rate * (1 - self._excess_weight))
-        known = False if attainable is None else tf.math.is_finite(attainable)
-        self._lowest_loss_known.assign(tf.cast(known, tf.int64))
+        (excess,) = sum_over_replicas([tf.cast(value, tf.float32)])
+        self.progress.observe(excess, known)
 
     def apply(self, grads, trainable_variables=None):
         """Updates the variables, after taking in a pending forward pass.
@@ -163,8 +158,7 @@ class FactorUpdates(PreconditionedStep):
             )
             return
         # What was seen of another train step says nothing about this one.
-        for variable in (self._excess_loss, self._excess_weight, self._lowest_loss_known):
-            variable.assign(tf.zeros_like(variable.value))
+        self.progress.forget()
         if self.fisher != "empirical" and not self._noticed:
             self._noticed = True
             _logger.warning(

@@ -24,6 +24,7 @@ from keras_kfc.factor_updates import FactorUpdates
 from keras_kfc.memory import memory_of, planned_blocks
 from keras_kfc.pending import PendingCaptures
 from keras_kfc.preconditioner import Preconditioner
+from keras_kfc.progress import Progress
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")
@@ -238,9 +239,7 @@ class KFC(FactorUpdates):
         self.skipped_steps = self._counter("skipped_steps")
         self.skipped_factor_updates = self._counter("skipped_factor_updates")
         self.skipped_inverse_updates = self._counter("skipped_inverse_updates")
-        self._excess_loss = self.add_variable((), dtype="float32", name="excess_loss")
-        self._excess_weight = self.add_variable((), dtype="float32", name="excess_weight")
-        self._lowest_loss_known = self._counter("lowest_loss_known")
+        self.progress = Progress(self.add_variable)
         self._preconditioner: Any = None
         self._momentums: tuple[Any, ...] = ()
         self._second_moments: tuple[Any, ...] = ()

@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras_kfc.blocks import all_finite
 from keras_kfc.fallback import adam_step, bias_corrections
 from keras_kfc.preconditioner import Preconditioner
+from keras_kfc.progress import Progress
 from keras_kfc.replicas import in_cross_replica_context, sum_over_replicas
 from keras_kfc.resume import ResumableOptimizer
 from keras_kfc.settable import Settable
@@ -18,6 +19,7 @@ class PreconditionedStep(ResumableOptimizer):
     """The part of `keras_kfc.KFC` that turns gradients into updates."""
 
     _preconditioner: Preconditioner
+    progress: Progress
     _built_now: bool
     # Sums over steps, where somebody watches; see `keras_kfc.callbacks.CurvatureMonitor`.
     watched_steps: StepTelemetry | None
@@ -146,10 +148,9 @@ class PreconditionedStep(ResumableOptimizer):
             promise: The same before gradients were clipped.
         """
         quadratic, promise = tf.maximum(quadratic, 0.0), tf.maximum(promise, 0.0)
+        seen = self.progress.seen
         # Before any loss has been seen the unit is 1.
-        seen = self._excess_weight > 0
-        excess = tf.math.divide_no_nan(self._excess_loss.value, self._excess_weight.value)
-        excess = tf.where(seen, excess, 1.0)
+        excess = tf.where(seen, self.progress.excess.value, 1.0)
 
         def within_trust_region(bound):
             bound *= excess if self.scale_free else 1.0
@@ -161,11 +162,13 @@ class PreconditionedStep(ResumableOptimizer):
         if part is not None:
             # What a gradient takes off the loss to first order, momentum included.
             decrease = learning_rate * promise / (1 - self.momentum)
-            polyak = tf.math.divide_no_nan(tf.cast(part, tf.float32) * excess, decrease)
+            polyak = tf.math.divide_no_nan(
+                tf.cast(part, tf.float32) * self.progress.pace() * excess, decrease
+            )
             # In proportion to `polyak`, too, so that a schedule of it serves all losses.
             radius = tf.square(tf.cast(part, tf.float32)) * _KL_CLIP_INSTEAD
             instead = within_trust_region(radius) if self.kl_clip is None else 1.0
-            known = seen & (self._lowest_loss_known > 0)
+            known = seen & (self.progress.lowest_known > 0)
             factor = tf.minimum(factor, tf.where(known, polyak, instead))
         return factor
 

@@ -152,12 +152,12 @@ def test_a_train_step_that_hides_its_loss_forgets_the_one_before():
     model = OwnLoss([keras.Input((4,)), keras_kfc.layers.Dense(3)])
     model.compile(keras_kfc.KFC(1e3, momentum=0.0, seed=3), "mse")
     model.fit(x, y, epochs=2, verbose=0)
-    assert int(model.optimizer._lowest_loss_known) == 1
+    assert int(model.optimizer.progress.lowest_known) == 1
     model.hides = True
     model.make_train_function(force=True)
     before = model.get_weights()
     model.fit(x, y, verbose=0)
-    assert int(model.optimizer._lowest_loss_known) == 0
+    assert int(model.optimizer.progress.lowest_known) == 0
     (block,) = model.optimizer.blocks
     step = [new - old for new, old in zip(model.get_weights(), before, strict=True)]
     joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
