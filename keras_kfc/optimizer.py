@@ -40,7 +40,7 @@ class KFC(FactorUpdates):
         Γ ← average of E[(1/|T|) Σ_t Ds_t Ds_tᵀ]     likewise
         d = (Ω + π √λ I)⁻¹ D (Γ + √λ/π I)⁻¹          inverses anew every
                                                      `inverse_update_period` steps
-        α = min(learning_rate, c (1 - μ) ρ (L - L₀) / Σ d·D)   one for all layers
+        α = min(learning_rate, c (1 - μ) r (L - L₀) / Σ d·D)   one for all layers
         v = -α d
         p ← μ p + v
         θ ← θ + μ p + v    (θ ← θ + p without Nesterov momentum)
@@ -55,7 +55,7 @@ class KFC(FactorUpdates):
     loss `L` (a moving average) has above the lowest value `L₀` that the targets allow: their
     entropy for cross-entropies, zero for labels and errors. Where a gradient is mostly
     noise, `Σ d·D` is the size of the noise, so that `α` grows with the batch. After 100
-    steps the pace `ρ` comes in: below 1 where the loss hovers, as it does above a lowest value
+    steps the pace `r` comes in: below 1 where the loss hovers, as it does above a lowest value
     that is out of reach, above 1 where it falls faster than nets commonly do.
 
     Where `L₀` is not known, as for a loss function of your own, steps are held to a trust
