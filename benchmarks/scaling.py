@@ -84,38 +84,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{task.name}: iterations to training loss {arguments.target:g}"
     folder = arguments.output / f"{arguments.task.replace('/', '-')}-scaling"
     folder.mkdir(parents=True, exist_ok=True)
-    curves.write_tables(title, [("By batch size", table_of(results, chosen))], folder)
-    draw(results, title, folder / "scaling.png")
+    curves.write_tables(
+        title, [("By batch size", table_of(results, chosen, arguments.iterations))], folder
+    )
+    draw(results, title, arguments.iterations, folder / "scaling.png")
 
 
-def table_of(results: Results, chosen: Mapping[str, Mapping[int, str]]) -> curves.Rows:
+def table_of(results: Results, chosen: Mapping[str, Mapping[int, str]], budget: int) -> curves.Rows:
     """One row for each batch size, with the setting where there was a choice."""
     rows = []
     for batch_size in next(iter(results.values())):
         row = {"batch size": f"{batch_size:,}"}
         for name, by_size in results.items():
-            row[name] = curves.spread(by_size[batch_size], "{:,.0f}")
+            missed = math.isinf(statistics.median(by_size[batch_size]))
+            hits = by_size[batch_size]
+            row[name] = f">{budget:,}" if missed else curves.spread(hits, "{:,.0f}")
             if chosen[name][batch_size] != name:
                 row[f"{name} was"] = chosen[name][batch_size]
         rows.append(row)
     return rows
 
 
-def draw(results: Results, title: str, path: pathlib.Path) -> None:
-    """Draws iterations against batch size, both on logarithmic axes, into a PNG file."""
+def draw(results: Results, title: str, budget: int, path: pathlib.Path) -> None:
+    """Draws iterations against batch size, both on logarithmic axes, into a PNG file.
+
+    A hollow triangle at the budget stands for a target that was missed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for name, by_size in results.items():
+    for number, (name, by_size) in enumerate(results.items()):
         medians = {size: statistics.median(hits) for size, hits in by_size.items()}
         reached = {size: hit for size, hit in medians.items() if math.isfinite(hit)}
-        axis.plot(list(reached), list(reached.values()), marker="o", label=name)
+        color = f"C{number}"
+        axis.plot(list(reached), list(reached.values()), marker="o", label=name, color=color)
+        missed = [size for size in medians if size not in reached]
+        axis.plot(missed, [budget] * len(missed), "^", fillstyle="none", color=color)
     axis.set(xlabel="batch size", ylabel="iterations", title=title)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    sizes = sorted(next(iter(results.values())))
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     figure.savefig(path, dpi=120)

@@ -273,3 +273,13 @@ def test_scaling_tunes_at_each_batch_size(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "batch size" in output and "SGD was" in output
     assert (tmp_path / "digits-mlp-scaling" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_shows_what_was_missed(tmp_path):
+    results = {"KFC()": {64: [30.0, 40.0, 50.0]}, "SGD": {64: [90.0, math.inf, math.inf]}}
+    chosen = {"KFC()": {64: "KFC()"}, "SGD": {64: "SGD(0.1)"}}
+    (row,) = scaling.table_of(results, chosen, 3000)
+    assert row["KFC()"] == "40 (30–50)"
+    assert row["SGD"] == ">3,000" and row["SGD was"] == "SGD(0.1)"
+    scaling.draw(results, "title", 3000, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
