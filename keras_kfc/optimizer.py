@@ -88,7 +88,7 @@ class KFC(FactorUpdates):
             training. Defaults to `0.3`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether to use Nesterov momentum. Defaults to `True`.
-        polyak: A float above 0, or a `LearningRateSchedule`: the part `c` of the loss above
+        polyak: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss above
             its lowest value that a gradient may promise to take off. Can be read and set
             during training. None for steps of the learning rate alone. Defaults to `1.0`.
         kl_clip: Bound of a trust region, `ν ≤ kl_clip (L - L₀)` (absolute, `ν ≤ kl_clip`, if

@@ -13,12 +13,11 @@ class Settable:
     """An attribute of an optimizer: its value now, from a variable or a schedule.
 
     Args:
-        exclude_zero: Whether zero is refused.
         optional: Whether None is a value, which holds for good.
     """
 
-    def __init__(self, exclude_zero: bool = False, optional: bool = False):
-        self._exclude_zero, self._optional = exclude_zero, optional
+    def __init__(self, optional: bool = False):
+        self._optional = optional
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name, self._slot = name, f"_{name}"
@@ -31,7 +30,7 @@ class Settable:
             ValueError: If it is out of range.
         """
         if not (isinstance(value, _Schedule) or (value is None and self._optional)):
-            check_number(self._name, value, 0, exclude_low=self._exclude_zero)
+            check_number(self._name, value, 0)
 
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         if optimizer is None:

@@ -25,7 +25,7 @@ class PreconditionedStep(ResumableOptimizer):
     watched_steps: StepTelemetry | None
 
     damping = Settable()
-    polyak = Settable(exclude_zero=True, optional=True)
+    polyak = Settable(optional=True)
 
     def watch_steps(self) -> bool:
         """Lets train steps that are traced from now on add to `watched_steps`.

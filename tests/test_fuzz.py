@@ -149,7 +149,7 @@ def fits(network):
     return True
 
 
-@settings(fuzz, max_examples=15)
+@settings(fuzz, max_examples=10)
 @given(networks(), optimizers(), batches)
 def test_training_survives_what_sgd_survives(network, arguments, drawn):
     assume(fits(network))

@@ -10,7 +10,7 @@ import keras_kfc
 NUMBERS = {
     "damping": (-0.1, float("nan"), float("inf")),
     "momentum": (-0.1, 1.0),
-    "polyak": (0.0, -1.0, float("inf")),
+    "polyak": (-1.0, float("inf")),
     "kl_clip": (0.0, -1.0),
     "factor_decay": (-0.1, 1.0),
     "fallback_lr_ratio": (-0.1,),
@@ -160,7 +160,7 @@ def test_polyak_is_set_during_training_unless_it_is_none():
     optimizer.build(conv_net().trainable_variables)
     optimizer.polyak = 0.25
     assert float(optimizer.polyak) == optimizer.get_config()["polyak"] == 0.25
-    for value in (0.0, float("nan")):
+    for value in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="`polyak` must be"):
             optimizer.polyak = value
     with pytest.raises(TypeError, match="or None when the optimizer is created"):

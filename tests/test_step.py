@@ -59,9 +59,10 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
         )
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize(
+    ("soft", "momentum", "nesterov"),
+    [(True, 0.0, True), (True, 0.9, True), (True, 0.9, False), (False, 0.9, True)],
+)
 def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nesterov):
     """What one gradient moves in all, momentum included, takes `polyak (L - L₀)` off, to
     first order.
@@ -89,7 +90,7 @@ def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nes
     gradients = tape.gradient(loss, model.trainable_variables)
     before = model.get_weights()
     model.train_on_batch(inputs, targets)
-    for _ in range(120 if momentum else 0):
+    for _ in range(80 if momentum else 0):
         optimizer.apply_gradients((tf.zeros_like(v), v) for v in model.trainable_variables)
     promise = -sum(
         np.sum((new - old) * gradient.numpy())
