@@ -1,4 +1,4 @@
-"""What test modules share: processes of their own, and data files."""
+"""What test modules share: processes of their own, data files, and the norm of a step."""
 
 import gzip
 import os
@@ -6,6 +6,9 @@ import pathlib
 import struct
 import subprocess
 import sys
+
+import numpy as np
+import tensorflow as tf
 
 
 def run_python(program, *arguments):
@@ -23,3 +26,13 @@ def write_idx(path, array, kind=8):
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, kind, array.ndim, *array.shape)
     with gzip.open(path, "wb") as stream:
         stream.write(header + array.astype("uint8").tobytes())
+
+
+def squared_fisher_norm(block, step):
+    """`vᵀ F v` of a step of kernel and bias, by a block's damped factors, in float64."""
+    joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
+    omega, gamma = (
+        np.linalg.inv(part[0].numpy().astype("float64"))
+        for part in (block.omega_inverse, block.gamma_inverse)
+    )
+    return np.sum(joint * (omega @ joint @ gamma))

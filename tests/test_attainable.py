@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import squared_fisher_norm
 
 import keras_kfc
 from keras_kfc.attainable import attainable_loss
@@ -217,10 +218,5 @@ def test_the_trust_region_is_a_part_of_what_is_above_the_lowest_loss(soft):
     after = model.layers[0].get_weights()
     (block,) = optimizer.blocks
     step = [a - b for a, b in zip(after, before, strict=True)]
-    joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
-    omega, gamma = (
-        np.linalg.inv(part[0].numpy().astype("float64"))
-        for part in (block.omega_inverse, block.gamma_inverse)
-    )
-    quadratic = np.sum(joint * (omega @ joint @ gamma))
+    quadratic = squared_fisher_norm(block, step)
     np.testing.assert_allclose(quadratic, 1e-5 * divergence, rtol=0.02)

@@ -46,15 +46,16 @@ def test_a_power_law_has_a_pace_of_its_exponent(exponent, scale):
 
 
 def test_means_weigh_steps_by_powers_of_their_number():
-    losses = np.random.default_rng(0).uniform(1, 2, size=500)
+    # With a trend, or weights that are one step off would hardly show.
+    losses = np.random.default_rng(0).uniform(1, 2, size=500) + np.linspace(9, 0, 500)
     seen = progress()
     for loss in losses:
         seen.observe(tf.constant(loss, tf.float32), tf.constant(True))
     steps = np.arange(1.0, 501)
 
     def rising(power):
-        """t (t + 1) ... up to so many factors: t^power without the corrections of recursion."""
-        return np.prod([steps - i for i in range(power)], axis=0)
+        """(t - 1) (t - 2) ..., so many factors: what the recursion makes of t^power."""
+        return np.prod([steps - 1 - i for i in range(power)], axis=0)
 
     for average, power in ((seen._past, 1), (seen._recent, 9)):
         expected = np.average(losses, weights=np.maximum(rising(power), 0))

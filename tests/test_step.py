@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import squared_fisher_norm
 
 import keras_kfc
 from conftest import relative_error
@@ -122,12 +123,7 @@ def test_a_loss_with_no_known_lowest_value_has_a_trust_region_instead(known, pol
     (block,) = optimizer.blocks
     step = [new - old for new, old in zip(model.get_weights(), before, strict=True)]
     promise = -sum(np.sum(s * g.numpy()) for s, g in zip(step, gradients, strict=True))
-    joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
-    omega, gamma = (
-        np.linalg.inv(part[0].numpy().astype("float64"))
-        for part in (block.omega_inverse, block.gamma_inverse)
-    )
-    quadratic = np.sum(joint * (omega @ joint @ gamma))
+    quadratic = squared_fisher_norm(block, step)
     if known:
         np.testing.assert_allclose(promise, polyak * float(loss), rtol=1e-3)
     else:
@@ -161,12 +157,7 @@ def test_a_train_step_that_hides_its_loss_forgets_the_one_before():
     assert int(model.optimizer.progress.lowest_known) == 0
     (block,) = model.optimizer.blocks
     step = [new - old for new, old in zip(model.get_weights(), before, strict=True)]
-    joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
-    omega, gamma = (
-        np.linalg.inv(part[0].numpy().astype("float64"))
-        for part in (block.omega_inverse, block.gamma_inverse)
-    )
-    np.testing.assert_allclose(np.sum(joint * (omega @ joint @ gamma)), 2e-4, rtol=1e-3)
+    np.testing.assert_allclose(squared_fisher_norm(block, step), 2e-4, rtol=1e-3)
 
 
 def test_clipping_saves_gradients_whose_squares_overflow():

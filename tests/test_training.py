@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import squared_fisher_norm
 from nets import conv_net, conv_stack, flat_weights, image_batch, train
 
 import keras_kfc
@@ -261,10 +262,5 @@ def test_trust_region_bounds_the_quadratic_form():
             name = block.path.split("/")[-1]
             new = model.get_layer(name).get_weights()
             step = [a - b for a, b in zip(new, before[name], strict=True)]
-            joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
-            omega, gamma = (
-                np.linalg.inv(part[0].numpy().astype("float64"))
-                for part in (block.omega_inverse, block.gamma_inverse)
-            )
-            total += np.sum(joint * (omega @ joint @ gamma))
+            total += squared_fisher_norm(block, step)
         assert abs(total / (kl_clip * loss) - 1) < 0.02
