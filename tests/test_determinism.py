@@ -13,7 +13,7 @@ import keras_kfc
 import nets
 
 tf.config.experimental.enable_op_determinism()
-for seed in (1, 2):
+for seed in map(int, sys.argv[2:]):
     keras.utils.set_random_seed(seed)
     stack = nets.conv_stack(seed=seed)
     stack.insert(-1, keras.layers.Dropout(0.3))
@@ -30,15 +30,14 @@ for seed in (1, 2):
 
 def test_runs_are_equal_to_the_bit(tmp_path):
     states = {}
-    for run in ("first", "second"):
+    for run, seeds in (("first", (1, 2)), ("second", (1,))):
         (tmp_path / run).mkdir()
-        finished = run_python(SCRIPT, tmp_path / run)
+        finished = run_python(SCRIPT, tmp_path / run, *seeds)
         assert finished.returncode == 0, finished.stderr
-        for seed in (1, 2):
+        for seed in seeds:
             with np.load(tmp_path / run / f"{seed}.npz") as state:
                 states[run, seed] = [state[key] for key in state.files]
-    for seed in (1, 2):
-        for one, two in zip(states["first", seed], states["second", seed], strict=True):
-            np.testing.assert_array_equal(one, two)
+    for one, two in zip(states["first", 1], states["second", 1], strict=True):
+        np.testing.assert_array_equal(one, two)
     pairs = zip(states["first", 1], states["first", 2], strict=True)
     assert any((one != two).any() for one, two in pairs)
