@@ -36,6 +36,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="folder of the data's files; otherwise Keras downloads")
     parser.add_argument("--examples", type=int, help="number of training examples (all)")
     parser.add_argument(
+        "--hold-out",
+        type=int,
+        help="so many training examples, the last ones, take the place of the test set (none)",
+    )
+    parser.add_argument(
         "--output", type=pathlib.Path, default=OUTPUT / "training", help="folder for results"
     )
 
@@ -53,7 +58,9 @@ def check_optimizers(parser: argparse.ArgumentParser, names: Sequence[str]) -> N
 def task_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Task:
     """Loads the task that the options name, or ends the program with a sentence."""
     try:
-        return task_of(arguments.task, arguments.data_dir, arguments.examples)
+        return task_of(
+            arguments.task, arguments.data_dir, arguments.examples, arguments.hold_out
+        )
     except (ValueError, DataError) as error:
         parser.error(str(error))
 
@@ -61,4 +68,5 @@ def task_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
 def folder_of(arguments: argparse.Namespace, batch_size: int) -> pathlib.Path:
     """Folder of the results of one task and batch size."""
     size = "" if arguments.examples is None else f"-{arguments.examples}"
-    return arguments.output / f"{arguments.task.replace('/', '-')}{size}-batch-{batch_size}"
+    held = "" if arguments.hold_out is None else f"-{arguments.hold_out}-held-out"
+    return arguments.output / f"{arguments.task.replace('/', '-')}{size}{held}-batch-{batch_size}"

@@ -67,19 +67,27 @@ NETWORKS = (*_CLASSIFIERS, "autoencoder", "small-autoencoder")
 _SIZES = {"digits": (8, 8, 1), "conv": (28, 28, 1), "conv-bn": (28, 28, 1)}
 
 
-def task_of(name: str, data_dir: str | None = None, examples: int | None = None) -> Task:
+def task_of(
+    name: str,
+    data_dir: str | None = None,
+    examples: int | None = None,
+    hold_out: int | None = None,
+) -> Task:
     """Loads a task.
 
     Args:
         name: `DATA/NETWORK`, of the keys of `DATA` and of `NETWORKS`.
         data_dir: Folder of the data's files, or None for a download.
         examples: Number of training examples to keep, or None for all.
+        hold_out: So many training examples, the last ones, take the place of the test set;
+            None to test on the test set.
 
     Returns:
         The task.
 
     Raises:
-        ValueError: If the name is not known, or the network does not take the images.
+        ValueError: If the name is not known, the network does not take the images, or more
+            examples are asked for than there are.
         DataError: If data is missing or broken.
     """
     data_name, _, network = name.partition("/")
@@ -89,6 +97,13 @@ def task_of(name: str, data_dir: str | None = None, examples: int | None = None)
             f"NETWORK one of {', '.join(NETWORKS)}. Received: name={name}"
         )
     data = DATA[data_name](data_dir)
+    if hold_out is not None:
+        if not 0 < hold_out < len(data.train_images):
+            raise ValueError(
+                "Argument `hold_out` must be at least 1, and less than the number of training "
+                f"examples, {len(data.train_images)}. Received: hold_out={hold_out}"
+            )
+        data = data.holding_out(hold_out)
     if examples is not None:
         data = data.first(examples)
     shape = data.train_images.shape[1:]

@@ -256,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         experiment = Experiment(task, arguments.batch_size, budget, folder, progress)
         runs = compare(experiment, arguments.optimizers, arguments.seeds, targets)
     title = f"{task.name}, batch {arguments.batch_size}"
+    if arguments.hold_out is not None:
+        title += f", tested on {arguments.hold_out} training examples"
     accuracies = arguments.accuracies
     if accuracies is None:
         accuracies = ACCURACIES[data]

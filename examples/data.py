@@ -46,6 +46,15 @@ class ImageData:
             train_labels=self.train_labels[:count],
         )
 
+    def holding_out(self, count: int) -> "ImageData":
+        """The last `count` training images as the test set, to choose settings by."""
+        return ImageData(
+            self.train_images[:-count],
+            self.train_labels[:-count],
+            self.train_images[-count:],
+            self.train_labels[-count:],
+        )
+
 
 def load(dataset: str, data_dir: str | None = None) -> ImageData:
     """Loads `"digits"` or `"fashion-mnist"`, see the functions below."""

@@ -24,7 +24,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     * `trust_scale`, `gradient_norm` and `update_norm`, means over the epoch's steps: the
       factor in [0, 1] by which Polyak's rule or a trust region shortened a step, and the
       norms over all variables of the gradients (after clipping) and of the changes (with
-      momentum, without weight decay);
+      momentum and weight decay);
     * `skipped_steps`, `skipped_factor_updates` and `skipped_inverse_updates`, counted from
       the beginning of training;
     * for each factor, by the path of its layer, `{path}/omega_condition` and

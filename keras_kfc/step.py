@@ -1,5 +1,6 @@
 """One step of the optimizer, given its factors: inverses, directions, size, momentum."""
 
+import keras
 import tensorflow as tf
 
 from keras_kfc.blocks import all_finite
@@ -39,7 +40,11 @@ class PreconditionedStep(ResumableOptimizer):
         return True
 
     def _apply_weight_decay(self, variables):
-        """Does nothing: decay belongs to the update, which broken gradients skip."""
+        """Does nothing: decay belongs to the update, which broken gradients skip.
+
+        It is in proportion to the step, too, where Keras's goes by the learning rate:
+        that would outweigh the loss once steps get short.
+        """
 
     def _clip_gradients(self, grads):
         """Does nothing: the update clips, which needs the gradients as they were, too."""
@@ -72,22 +77,24 @@ class PreconditionedStep(ResumableOptimizer):
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update():
-            self._decay_weights(trainable_variables, learning_rate)
             trust_scale = (
                 self._step_factor(learning_rate, quadratic, promise) if directions else 1.0
             )
-            scale = -learning_rate * trust_scale
-            corrections = bias_corrections(self.iterations + 1)
+            step_size = learning_rate * trust_scale
             fallback_rate = self.fallback_lr_ratio * learning_rate
+            corrections = bias_corrections(self.iterations + 1)
             changes = []
             for index, variable in variables.items():
                 if index in directions:
-                    change = self._momentum_change(index, variable, scale, directions[index])
+                    change = self._momentum_change(index, variable, step_size, directions[index])
                 else:
                     gradient = tf.cast(gradients[index], variable.dtype)
                     change = self._fallback_change(
                         index, variable, gradient, corrections, fallback_rate
                     )
+                if self._decays(variable):
+                    decay = self.weight_decay * (step_size if directions else fallback_rate)
+                    change -= tf.cast(decay, variable.dtype) * variable
                 self.assign_add(variable, change)
                 changes.append(change)
             if self.watched_steps is not None:
@@ -100,14 +107,10 @@ class PreconditionedStep(ResumableOptimizer):
 
         tf.cond(usable, update, skip)
 
-    def _decay_weights(self, variables, learning_rate):
-        # Not by Keras's own method, which no strategy can call inside of a condition.
-        if self.weight_decay is not None:
-            for variable in variables:
-                # Names are those of TensorFlow's variables, which hold the layer's, too.
-                if self._use_weight_decay(getattr(variable, "value", variable)):
-                    rate = tf.cast(self.weight_decay * learning_rate, variable.dtype)
-                    self.assign_add(variable, -rate * variable)
+    def _decays(self, variable):
+        # Names are those of TensorFlow's variables, which hold the layer's, too.
+        variable = variable.value if isinstance(variable, keras.Variable) else variable
+        return self.weight_decay is not None and self._use_weight_decay(variable)
 
     def _refresh_inverses(self):
         preconditioner = self._preconditioner
@@ -172,10 +175,10 @@ class PreconditionedStep(ResumableOptimizer):
             factor = tf.minimum(factor, tf.where(known, polyak, instead))
         return factor
 
-    def _momentum_change(self, index, variable, scale, direction):
+    def _momentum_change(self, index, variable, step_size, direction):
         """Moves the momentum of a variable with a block, and tells the variable's change."""
         momentum = self._momentums[index]
-        step = tf.cast(tf.cast(scale, direction.dtype) * direction, variable.dtype)
+        step = tf.cast(tf.cast(-step_size, direction.dtype) * direction, variable.dtype)
         velocity = self.momentum * momentum + step
         self.assign(momentum, velocity)
         return self.momentum * velocity + step if self.nesterov else velocity

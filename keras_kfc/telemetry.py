@@ -16,7 +16,7 @@ class StepTelemetry:
 
     They are the factor in [0, 1] by which Polyak's rule or a trust region shortened the step, and
     the norms over all variables of the gradients (after clipping) and of the
-    changes (with momentum, without weight decay). Skipped steps do not count.
+    changes (with momentum and weight decay). Skipped steps do not count.
     """
 
     def __init__(self) -> None:

@@ -207,7 +207,9 @@ def test_the_trust_region_is_a_part_of_what_is_above_the_lowest_loss(soft):
         targets = np.round(targets)
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3, activation="sigmoid")])
-    optimizer = keras_kfc.KFC(10.0, polyak=None, kl_clip=1e-5, seed=3, nesterov=False, damping=1e-3)
+    optimizer = keras_kfc.KFC(
+        10.0, damping=1e-3, polyak=None, kl_clip=1e-5, nesterov=False, weight_decay=None, seed=3
+    )
     model.compile(optimizer=optimizer, loss="binary_crossentropy")
     p = model.predict(inputs, verbose=0).astype("float64")
     divergence = np.mean(-targets * np.log(p) - (1 - targets) * np.log(1 - p)) - np.mean(

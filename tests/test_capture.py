@@ -156,7 +156,7 @@ def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(ru
 def test_the_first_step_of_a_loop_without_capture_moves_along_the_gradient():
     """Nothing could be recorded for an optimizer that is built only now; the next step is KFC's."""
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
-    optimizer = keras_kfc.KFC(learning_rate=0.01, momentum=0.0, polyak=None)
+    optimizer = keras_kfc.KFC(0.01, momentum=0.0, polyak=None, weight_decay=None)
 
     def step():
         before = [v.numpy() for v in model.trainable_variables]

@@ -155,3 +155,19 @@ def test_unknown_tasks_are_refused():
             task_of(name)
     with pytest.raises(ValueError, match=r"takes images of shape \(28, 28, 1\)"):
         task_of("digits/conv")
+
+
+def test_what_is_held_out_of_training_takes_the_place_of_the_test_set():
+    whole, part = task_of("digits/mlp"), task_of("digits/mlp", examples=50, hold_out=300)
+    np.testing.assert_array_equal(part.train_inputs, whole.train_inputs[:50])
+    np.testing.assert_array_equal(part.test_inputs, whole.train_inputs[-300:])
+    np.testing.assert_array_equal(part.test_targets, whole.train_targets[-300:])
+    # Nobody trains on what is held out.
+    most = task_of("digits/mlp", hold_out=300)
+    assert len(most.train_targets) == len(whole.train_targets) - 300
+
+
+@pytest.mark.parametrize("count", [0, -1, 10_000])
+def test_no_more_is_held_out_than_there_is(count):
+    with pytest.raises(ValueError, match="hold_out"):
+        task_of("digits/mlp", hold_out=count)

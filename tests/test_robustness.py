@@ -107,7 +107,7 @@ def test_broken_targets_skip_the_step_but_not_the_factors():
 
 def test_dead_layers_stay_finite_and_revive():
     stack = conv_stack(batch_norm=False)
-    model = compiled(keras_kfc.Sequential(stack))
+    model = compiled(keras_kfc.Sequential(stack), weight_decay=None)
     images, labels = image_batch()
     stack[-1].set_weights([np.zeros_like(w) for w in stack[-1].get_weights()])
     convolution = stack[1].get_weights()[0]

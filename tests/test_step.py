@@ -24,9 +24,9 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
         "polyak": polyak,
         "scale_free": False,
     }
-    learning_rate, momentum = 0.3, 0.7
+    learning_rate, momentum, decay = 0.3, 0.7, 0.4
     optimizer = keras_kfc.KFC(
-        learning_rate, damping=0.2, momentum=momentum, fisher="exact", **options
+        learning_rate, 0.2, momentum, fisher="exact", weight_decay=decay, **options
     )
     model.compile(optimizer, "mse")
     extended = np.column_stack([x, np.ones(len(x))])
@@ -53,11 +53,31 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
             assert scale < learning_rate
         step = -scale * direction
         velocity = momentum * velocity + step
-        weights = weights + (momentum * velocity + step if nesterov else velocity)
+        weights = (1 - decay * scale) * weights
+        weights += momentum * velocity + step if nesterov else velocity
         # The size of the step is computed in float32.
         np.testing.assert_allclose(
             np.vstack([model.get_weights()[0], model.get_weights()[1][None]]), weights, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize(("decay", "momentum"), [(None, 0.9), (0.2, 0.9), (0.5, 0.6)])
+def test_decay_ends_where_the_method_page_says(decay, momentum):
+    """A regression that fits exactly ends at `1 / (1 + w (1 - μ))` of its weights."""
+    keras.config.set_floatx("float64")
+    rng = np.random.default_rng(4)
+    x, solution = rng.normal(size=(32, 3)), rng.normal(size=(4, 2))
+    model = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])
+    options = {"momentum": momentum, "weight_decay": decay, "fisher": "exact"}
+    model.compile(keras_kfc.KFC(0.2, damping=1e-8, **options), "mse")
+    y = x @ solution[:3] + solution[3]
+    # A batch is all of the data.
+    batches = tf.data.Dataset.from_tensors((x, y)).repeat(400)
+    model.fit(batches, verbose=0)
+    expected = solution / (1 + (decay or 0.0) * (1 - momentum))
+    np.testing.assert_allclose(
+        np.vstack([model.get_weights()[0], model.get_weights()[1][None]]), expected, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +96,13 @@ def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nes
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3, activation="sigmoid")])
     optimizer = keras_kfc.KFC(
-        10.0, damping=1e-3, momentum=momentum, nesterov=nesterov, polyak=0.01, seed=3
+        10.0,
+        damping=1e-3,
+        momentum=momentum,
+        nesterov=nesterov,
+        polyak=0.01,
+        weight_decay=None,
+        seed=3,
     )
     model.compile(optimizer, "binary_crossentropy")
     p = model.predict(inputs, verbose=0).astype("float64")
@@ -109,7 +135,9 @@ def test_a_loss_with_no_known_lowest_value_has_a_trust_region_instead(known, pol
     targets = rng.normal(size=(32, 3)).astype("float32")
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3)])
-    optimizer = keras_kfc.KFC(10.0, momentum=0.0, polyak=polyak, fisher="empirical", seed=3)
+    optimizer = keras_kfc.KFC(
+        10.0, momentum=0.0, polyak=polyak, fisher="empirical", weight_decay=None, seed=3
+    )
 
     def own(y_true, y_pred):
         return tf.reduce_mean((y_true - y_pred) ** 2, axis=-1)
@@ -147,7 +175,7 @@ def test_a_train_step_that_hides_its_loss_forgets_the_one_before():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(16, 4)).astype("f"), rng.normal(size=(16, 3)).astype("f")
     model = OwnLoss([keras.Input((4,)), keras_kfc.layers.Dense(3)])
-    model.compile(keras_kfc.KFC(1e3, momentum=0.0, seed=3), "mse")
+    model.compile(keras_kfc.KFC(1e3, momentum=0.0, weight_decay=None, seed=3), "mse")
     model.fit(x, y, epochs=2, verbose=0)
     assert int(model.optimizer.progress.lowest_known) == 1
     model.hides = True
@@ -199,7 +227,7 @@ def test_fallback_rule_trains_as_keras_adam_does():
     x, y = rng.normal(size=(32, 6)), rng.normal(size=(32, 2))
     results = []
     for optimizer in (
-        keras_kfc.KFC(0.1, fallback_lr_ratio=0.1),
+        keras_kfc.KFC(0.1, fallback_lr_ratio=0.1, weight_decay=None),
         keras.optimizers.Adam(0.01, epsilon=1e-12),
     ):
         keras.utils.set_random_seed(1)

@@ -243,6 +243,11 @@ def test_the_command_trains_tunes_keeps_and_resumes(tmp_path, monkeypatch, capsy
     next(path for path in kept if "Adam" in path.name and "seed-2" in path.name).unlink()
     training.main(options("Adam(0.01)", "SGD", "Lion(0.001)"))
     assert sorted(made) == [("Adam(0.01)", 2), ("Lion(0.001)", 1), ("Lion(0.001)", 2)]
+    # Runs that are tested on something else are others.
+    capsys.readouterr()
+    training.main([*options("Adam(0.01)"), "--hold-out", "30"])
+    assert "tested on 30 training examples" in capsys.readouterr().out
+    assert (tmp_path / "digits-mlp-200-30-held-out-batch-50" / "summary.md").exists()
 
 
 def test_a_budget_in_seconds_and_divergence_end_a_run(tmp_path, task):
