@@ -58,9 +58,7 @@ def check_optimizers(parser: argparse.ArgumentParser, names: Sequence[str]) -> N
 def task_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Task:
     """Loads the task that the options name, or ends the program with a sentence."""
     try:
-        return task_of(
-            arguments.task, arguments.data_dir, arguments.examples, arguments.hold_out
-        )
+        return task_of(arguments.task, arguments.data_dir, arguments.examples, arguments.hold_out)
     except (ValueError, DataError) as error:
         parser.error(str(error))
 
