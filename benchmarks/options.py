@@ -36,11 +36,6 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="folder of the data's files; otherwise Keras downloads")
     parser.add_argument("--examples", type=int, help="number of training examples (all)")
     parser.add_argument(
-        "--hold-out",
-        type=int,
-        help="so many training examples, the last ones, take the place of the test set (none)",
-    )
-    parser.add_argument(
         "--output", type=pathlib.Path, default=OUTPUT / "training", help="folder for results"
     )
 
@@ -55,16 +50,20 @@ def check_optimizers(parser: argparse.ArgumentParser, names: Sequence[str]) -> N
                 parser.error(str(error))
 
 
-def task_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Task:
+def task_from(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, hold_out: int | None = None
+) -> Task:
     """Loads the task that the options name, or ends the program with a sentence."""
     try:
-        return task_of(arguments.task, arguments.data_dir, arguments.examples, arguments.hold_out)
+        return task_of(arguments.task, arguments.data_dir, arguments.examples, hold_out)
     except (ValueError, DataError) as error:
         parser.error(str(error))
 
 
-def folder_of(arguments: argparse.Namespace, batch_size: int) -> pathlib.Path:
+def folder_of(
+    arguments: argparse.Namespace, batch_size: int, hold_out: int | None = None
+) -> pathlib.Path:
     """Folder of the results of one task and batch size."""
     size = "" if arguments.examples is None else f"-{arguments.examples}"
-    held = "" if arguments.hold_out is None else f"-{arguments.hold_out}-held-out"
+    held = "" if hold_out is None else f"-{hold_out}-held-out"
     return arguments.output / f"{arguments.task.replace('/', '-')}{size}{held}-batch-{batch_size}"

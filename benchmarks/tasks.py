@@ -86,8 +86,8 @@ def task_of(
         The task.
 
     Raises:
-        ValueError: If the name is not known, the network does not take the images, or more
-            examples are asked for than there are.
+        ValueError: If the name is not known, the network does not take the images, or
+            `hold_out` would leave nothing to train on or to test on.
         DataError: If data is missing or broken.
     """
     data_name, _, network = name.partition("/")

@@ -240,15 +240,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tuning-iterations", type=int, help="budget while tuning (the same)")
     parser.add_argument("--until", type=float, help="training loss that ends a run early (none)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        help="so many training examples, the last ones, take the place of the test set (none)",
+    )
     parser.add_argument("--targets", type=float, nargs="+", help="training losses (by network)")
     parser.add_argument("--accuracies", type=float, nargs="*", help="test accuracies (by data)")
     arguments = parser.parse_args(argv)
     check_optimizers(parser, arguments.optimizers)
-    task = task_from(parser, arguments)
+    task = task_from(parser, arguments, arguments.hold_out)
     data, network = task.name.split("/")
     targets = arguments.targets or TARGETS.get(network, CLASSIFIER_TARGETS)
     targets = sorted(targets, reverse=True)
-    folder = folder_of(arguments, arguments.batch_size)
+    folder = folder_of(arguments, arguments.batch_size, arguments.hold_out)
     with progress_display() as progress:
         budget = Budget(
             arguments.iterations, arguments.seconds, arguments.tuning_iterations, arguments.until

@@ -42,7 +42,7 @@ class PreconditionedStep(ResumableOptimizer):
     def _apply_weight_decay(self, variables):
         """Does nothing: decay belongs to the update, which broken gradients skip.
 
-        It is in proportion to the step, too, where Keras's goes by the learning rate:
+        It goes by the size of the step, too, where Keras's goes by the learning rate:
         that would outweigh the loss once steps get short.
         """
 
@@ -82,6 +82,7 @@ class PreconditionedStep(ResumableOptimizer):
             )
             step_size = learning_rate * trust_scale
             fallback_rate = self.fallback_lr_ratio * learning_rate
+            decay_rate = step_size / (1 - self.momentum) * self._noise(promise)
             corrections = bias_corrections(self.iterations + 1)
             changes = []
             for index, variable in variables.items():
@@ -93,8 +94,8 @@ class PreconditionedStep(ResumableOptimizer):
                         index, variable, gradient, corrections, fallback_rate
                     )
                 if self._decays(variable):
-                    decay = self.weight_decay * (step_size if directions else fallback_rate)
-                    change -= tf.cast(decay, variable.dtype) * variable
+                    rate = decay_rate if index in directions else fallback_rate
+                    change -= tf.cast(self.weight_decay * rate, variable.dtype) * variable
                 self.assign_add(variable, change)
                 changes.append(change)
             if self.watched_steps is not None:
@@ -108,9 +109,26 @@ class PreconditionedStep(ResumableOptimizer):
         tf.cond(usable, update, skip)
 
     def _decays(self, variable):
+        # Biases and scales do not decay. They are few, and hold such things as the mean of
+        # the targets.
+        if self.weight_decay is None or len(variable.shape) < 2:
+            return False
         # Names are those of TensorFlow's variables, which hold the layer's, too.
-        variable = variable.value if isinstance(variable, keras.Variable) else variable
-        return self.weight_decay is not None and self._use_weight_decay(variable)
+        return self._use_weight_decay(
+            variable.value if isinstance(variable, keras.Variable) else variable
+        )
+
+    def _noise(self, promise):
+        """Share of noise in the gradient, in [0, 1], or 1 where the lowest loss is not known.
+
+        A quadratic loss without noise has `g · F⁻¹ g = 2 (L - L₀)`.
+
+        Args:
+            promise: `g · F⁻¹ g` of the gradient as it was before clipping, a scalar.
+        """
+        known = self.progress.seen & (self.progress.lowest_known > 0)
+        without = tf.math.divide_no_nan(2 * self.progress.excess.value, tf.maximum(promise, 0.0))
+        return tf.where(known, 1 - tf.minimum(1.0, without), 1.0)
 
     def _refresh_inverses(self):
         preconditioner = self._preconditioner

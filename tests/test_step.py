@@ -16,7 +16,8 @@ from keras_kfc.fallback import adam_step, bias_corrections
 def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
     keras.config.set_floatx("float64")
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(16, 4)), rng.normal(size=(16, 3))
+    # So few examples that gradients are mostly noise.
+    batches = [(rng.normal(size=(4, 4)), rng.normal(size=(4, 3))) for _ in range(5)]
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3)])
     options = {
         "nesterov": nesterov,
@@ -26,14 +27,14 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
     }
     learning_rate, momentum, decay = 0.3, 0.7, 0.4
     optimizer = keras_kfc.KFC(
-        learning_rate, 0.2, momentum, fisher="exact", weight_decay=decay, **options
+        learning_rate, 1e-3, momentum, fisher="exact", weight_decay=decay, **options
     )
     model.compile(optimizer, "mse")
-    extended = np.column_stack([x, np.ones(len(x))])
     weights = np.vstack([*model.get_weights()[0:1], model.get_weights()[1][None]])
     velocity = np.zeros_like(weights)
-    losses = []
-    for _ in range(5):
+    losses, noises = [], []
+    for x, y in batches:
+        extended = np.column_stack([x, np.ones(len(x))])
         losses.append(np.mean((extended @ weights - y) ** 2))
         model.train_on_batch(x, y)
         block = model.optimizer.blocks[0]
@@ -45,39 +46,41 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
             quadratic = learning_rate**2 * np.sum(direction * gradient)
             scale *= min(1.0, np.sqrt(kl_clip / quadratic))
             assert scale < learning_rate
+        # The moving average of the loss, corrected for its start.
+        average = np.average(losses, weights=0.9 ** np.arange(len(losses))[::-1])
+        noises.append(1 - min(1.0, 2 * average / np.sum(direction * gradient)))
         if polyak is not None:
-            # The moving average of the loss, corrected for its start.
-            average = np.average(losses, weights=0.9 ** np.arange(len(losses))[::-1])
             bound = polyak * (1 - momentum) * average / np.sum(direction * gradient)
             scale = min(scale, bound)
             assert scale < learning_rate
         step = -scale * direction
         velocity = momentum * velocity + step
-        weights = (1 - decay * scale) * weights
+        weights[:4] -= decay * noises[-1] * scale / (1 - momentum) * weights[:4]
         weights += momentum * velocity + step if nesterov else velocity
         # The size of the step is computed in float32.
         np.testing.assert_allclose(
-            np.vstack([model.get_weights()[0], model.get_weights()[1][None]]), weights, rtol=1e-5
+            np.vstack([model.get_weights()[0], model.get_weights()[1][None]]),
+            weights,
+            rtol=1e-5,
+            atol=1e-7,
         )
+    assert min(noises) == 0.0 and max(noises) > 0.3
 
 
-@pytest.mark.parametrize(("decay", "momentum"), [(None, 0.9), (0.2, 0.9), (0.5, 0.6)])
-def test_decay_ends_where_the_method_page_says(decay, momentum):
-    """A regression that fits exactly ends at `1 / (1 + w (1 - μ))` of its weights."""
+@pytest.mark.parametrize("decay", [None, 0.02])
+def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
+    """A regression without noise ends at its solution, also along inputs that hardly vary."""
     keras.config.set_floatx("float64")
     rng = np.random.default_rng(4)
-    x, solution = rng.normal(size=(32, 3)), rng.normal(size=(4, 2))
+    x, solution = rng.normal(size=(64, 3)) * [1, 1, 0.1], rng.normal(size=(4, 2))
+    solution[3] += 4
     model = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])
-    options = {"momentum": momentum, "weight_decay": decay, "fisher": "exact"}
-    model.compile(keras_kfc.KFC(0.2, damping=1e-8, **options), "mse")
-    y = x @ solution[:3] + solution[3]
+    model.compile(keras_kfc.KFC(weight_decay=decay, seed=3), "mse")
     # A batch is all of the data.
-    batches = tf.data.Dataset.from_tensors((x, y)).repeat(400)
+    batches = tf.data.Dataset.from_tensors((x, x @ solution[:3] + solution[3])).repeat(1500)
     model.fit(batches, verbose=0)
-    expected = solution / (1 + (decay or 0.0) * (1 - momentum))
-    np.testing.assert_allclose(
-        np.vstack([model.get_weights()[0], model.get_weights()[1][None]]), expected, atol=1e-3
-    )
+    weights = np.vstack([model.get_weights()[0], model.get_weights()[1][None]])
+    np.testing.assert_allclose(weights, solution, atol=1e-2)
 
 
 @pytest.mark.parametrize(
