@@ -250,9 +250,8 @@ def test_trust_region_bounds_the_quadratic_form():
     images, labels = image_batch()
     for kl_clip in (1e-6, 1e-4):
         model = conv_net(batch_norm=False)
-        optimizer = kfc(
-            polyak=None, kl_clip=kl_clip, learning_rate=10.0, nesterov=False, damping=1e-3
-        )
+        settings = {"nesterov": False, "damping": 1e-3, "weight_decay": None}
+        optimizer = kfc(polyak=None, kl_clip=kl_clip, learning_rate=10.0, **settings)
         model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
         loss = model.evaluate(images, labels, verbose=0)
         before = {layer.name: layer.get_weights() for layer in model.layers}
