@@ -78,6 +78,11 @@ class Progress:
         """Whether any loss has been seen, a boolean scalar."""
         return self._seen > 0
 
+    @property
+    def measured_from_lowest(self) -> tf.Tensor:
+        """Whether a loss has been seen and its lowest value is known, a boolean scalar."""
+        return self.seen & (self.lowest_known > 0)
+
     def pace(self) -> tf.Tensor:
         """Factor for Polyak's step: 1 at first and where the excess falls as usual."""
         tiny = tf.constant(1e-30)

@@ -126,9 +126,8 @@ class PreconditionedStep(ResumableOptimizer):
         Args:
             promise: `g · F⁻¹ g` of the gradient as it was before clipping, a scalar.
         """
-        known = self.progress.seen & (self.progress.lowest_known > 0)
         without = tf.math.divide_no_nan(2 * self.progress.excess.value, tf.maximum(promise, 0.0))
-        return tf.where(known, 1 - tf.minimum(1.0, without), 1.0)
+        return tf.where(self.progress.measured_from_lowest, 1 - tf.minimum(1.0, without), 1.0)
 
     def _refresh_inverses(self):
         preconditioner = self._preconditioner
@@ -189,7 +188,7 @@ class PreconditionedStep(ResumableOptimizer):
             # In proportion to `polyak`, too, so that a schedule of it serves all losses.
             radius = tf.square(tf.cast(part, tf.float32)) * _KL_CLIP_INSTEAD
             instead = within_trust_region(radius) if self.kl_clip is None else 1.0
-            known = seen & (self.progress.lowest_known > 0)
+            known = self.progress.measured_from_lowest
             factor = tf.minimum(factor, tf.where(known, polyak, instead))
         return factor
 

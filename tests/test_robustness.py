@@ -58,8 +58,8 @@ def test_broken_inputs_leave_no_trace(value, first):
 
 
 def test_a_skipped_step_decays_no_weights():
+    # All of the gradient of such a loss counts as noise, so that decay has its full strength.
     def own_loss(y_true, y_pred):
-        # All of its gradient counts as noise, so that decay has its full strength.
         return tf.reduce_mean((y_true - y_pred) ** 2, axis=-1)
 
     def after_one_step(targets, weight_decay):
