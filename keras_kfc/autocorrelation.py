@@ -12,6 +12,7 @@ distance of tap rows, and a few border rows. Columns are left to the views of
 Shapes: as in `keras_kfc.row_views`; K = kh * kw * J.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -49,10 +50,12 @@ def second_moment(images: tf.Tensor, rows: Axis, columns: Axis, views: Sequence[
         with tf.control_dependencies(list(sums.values())):
             sources = columns_first if view.columns_first else phases
             laid_out = [view.lay_out(source) for source in sources]
+        phase_rows = [_Rows(part) for part in laid_out]
         gram_bytes = 4 * view.planes * groups * (view.columns * channels) ** 2
         for batch in _batches(plan.sums, max(1, _GRAM_BYTES // gram_bytes)):
-            grams = tf.concat([_grams(laid_out, wanted) for wanted in batch], axis=0)
-            parts = tf.unstack(_column_sums(grams, view, columns.taps, channels))
+            grams = _join([_grams(phase_rows, wanted) for wanted in batch])
+            column_sums = _column_sums(grams, view, columns.taps, groups, channels)
+            parts = tf.unstack(column_sums)
             for wanted, part in zip(itertools.chain(*batch), parts, strict=True):
                 sums[wanted] = sums[wanted] + part if wanted in sums else part
     zeros = tf.zeros((groups, columns.taps * channels, columns.taps * channels), images.dtype)
@@ -88,50 +91,123 @@ def _phases(images, axis):
     return tf.unstack(tf.reshape(images, (-1, count, stride, *images.shape[2:])), axis=2)
 
 
-def _grams(laid_out, wanted):
-    """Gram matrices for one sum over all rows or several over one row, `(n, P, G, D J, D J)`."""
-    first, second = laid_out[wanted[0].phase], laid_out[wanted[0].other_phase]
+class _Rows:
+    """Rows of one phase as a view lays them out, with what products of them share.
+
+    The first step of a training traces every sum here, so that operations count. Hence
+    shapes are constants that are made once, and `tf.slice` takes the place of brackets.
+
+    Args:
+        laid_out: `(P, G, H, N, V)`, V = D * J. The Z = P * G planes are kept as one axis,
+            if there are several: one matrix is multiplied faster than a batch of one.
+    """
+
+    def __init__(self, laid_out: tf.Tensor):
+        planes, groups, self.rows, _, width = laid_out.shape
+        self.planes = planes * groups
+        shape = (self.rows, -1, width)
+        self.values = tf.reshape(laid_out, shape if self.planes == 1 else (self.planes, *shape))
+        self._matrix_shape = tf.constant((-1, width))
+
+    @functools.cached_property
+    def together(self) -> tf.Tensor:
+        """All rows of each plane as one matrix, `(Z, H * N, V)`."""
+        if self.planes == 1:
+            return self.as_matrix(self.values)
+        return tf.reshape(self.values, (self.planes, -1, self.values.shape[-1]))
+
+    @functools.cached_property
+    def all_but_last_plane(self) -> tf.Tensor:
+        """The same without the last plane, `(Z - 1, H * N, V)`."""
+        return tf.slice(self.together, (0, 0, 0), (self.planes - 1, -1, -1))
+
+    @functools.cached_property
+    def _in_a_row(self) -> tf.Tensor:
+        return tf.reshape(self.values, (self.planes * self.rows, -1, self.values.shape[-1]))
+
+    def as_matrix(self, values: tf.Tensor) -> tf.Tensor:
+        """Joins all axes but the last."""
+        return tf.reshape(values, self._matrix_shape)
+
+    def shifted(self, shift: int, shape: tf.Tensor) -> tf.Tensor:
+        """All rows but the first few, and as many of the next plane; likewise, of this shape."""
+        count = (self.planes - 1) * self.rows
+        return tf.reshape(tf.slice(self._in_a_row, (shift, 0, 0), (count, -1, -1)), shape)
+
+    def part(self, plane: int, row: int, size: tf.Tensor) -> tf.Tensor:
+        """Some rows of some planes, from a plane and a row on; see `size`."""
+        begin = (row, 0, 0) if self.planes == 1 else (plane, row, 0, 0)
+        return tf.slice(self.values, begin, size)
+
+    def size(self, planes: int, rows: int) -> tf.Tensor:
+        """The size of a part, to be shared by several."""
+        return tf.constant((rows, -1, -1) if self.planes == 1 else (planes, rows, -1, -1))
+
+    def pick(self, rows: Sequence[int]) -> tf.Tensor:
+        """Single rows, `(Z, n, N, V)` without the axes of length 1."""
+        return tf.gather(
+            self.values, rows if len(rows) > 1 else rows[0], axis=self.values.shape.rank - 3
+        )
+
+
+def _grams(phase_rows, wanted):
+    """Gram matrices for one sum over all rows or several over one row, `(..., V, V)`.
+
+    The leading axes hold `(n, P, G)`, whatever their number.
+    """
+    first, second = phase_rows[wanted[0].phase], phase_rows[wanted[0].other_phase]
     if wanted[0].row is None:
-        return _shifted_gram(first, second, wanted[0].shift)[None]
-    first = tf.gather(first, [part.row for part in wanted], axis=2)
-    second = tf.gather(second, [part.row + part.shift for part in wanted], axis=2)
-    return tf.transpose(_product(first, second, 3), (2, 0, 1, 3, 4))
+        return _shifted_gram(first, second, wanted[0].shift)
+    grams = _product(
+        first.pick([part.row for part in wanted]),
+        second.pick([part.row + part.shift for part in wanted]),
+    )
+    return tf.transpose(grams, (1, 0, 2, 3)) if grams.shape.rank == 4 else grams
 
 
 def _shifted_gram(first, second, shift):
-    """Sum over rows q of `first[q]ᵀ second[q + shift]`, `(P, G, D * J, D * J)`."""
+    """Sum over rows q of `first[q]ᵀ second[q + shift]`, `(Z * V, V)` or `(Z, V, V)`."""
     if shift == 0:
-        return _product(first, second, 2)
-    planes, groups, rows, _, width = first.shape
-    count = planes * groups
-    first = tf.reshape(first, (count, rows, -1, width))
-    second = tf.reshape(second, (count, rows, -1, width))
+        return _product(first.together, second.together)
     # Slices of the leading axis are no copies. So all planes are shifted as one, and the
     # products of rows from two planes subtracted. The last plane has none behind it.
-    grams = [_product(first[-1:, : rows - shift], second[-1:, shift:], 1)]
-    if count > 1:
-        flat = tf.reshape(second, (count * rows, -1, width))[shift : (count - 1) * rows + shift]
-        flat = tf.reshape(flat, (count - 1, rows, -1, width))
-        across = _product(first[:-1, rows - shift :], second[1:, :shift], 1)
-        grams.insert(0, _product(first[:-1], flat, 1) - across)
-    return tf.reshape(tf.concat(grams, axis=0), (planes, groups, width, width))
+    rows, others = first.rows - shift, first.planes - 1
+    size = first.size(1, rows)
+    last = _product(
+        first.as_matrix(first.part(others, 0, size)),
+        second.as_matrix(second.part(others, shift, size)),
+    )
+    if not others:
+        return last
+    size, shape = first.size(others, shift), tf.constant((others, -1, last.shape[-1]))
+    across = _product(
+        tf.reshape(first.part(0, rows, size), shape), tf.reshape(second.part(1, 0, size), shape)
+    )
+    grams = _product(first.all_but_last_plane, second.shifted(shift, shape)) - across
+    return tf.concat((first.as_matrix(grams), last), axis=0)
 
 
-def _product(first, second, batch_axes):
-    """`firstᵀ second`, all axes between the first few and the last taken as one."""
-    batch, width = first.shape[:batch_axes], first.shape[-1]
-    # One matrix is multiplied faster than a batch of one.
-    shape = (-1, width) if batch.num_elements() == 1 else (*batch, -1, width)
-    product = tf.matmul(tf.reshape(first, shape), tf.reshape(second, shape), transpose_a=True)
-    return tf.reshape(product, (*batch, width, width))
+def _product(first, second):
+    """`firstᵀ second`, over the last axis but one."""
+    return tf.matmul(first, second, transpose_a=True)
 
 
-def _column_sums(grams, view, taps, channels):
-    """Weighs Gram matrices `(S, P, G, D * J, D * J)` into sums `(S, G, kw * J, kw * J)`."""
-    count, planes, groups = grams.shape[:3]
-    columns = view.columns
-    grams = tf.reshape(grams, (count, planes, groups, columns, channels, columns, channels))
+def _join(grams):
+    """Joins Gram matrices along the first of all leading axes."""
+    if len(grams) == 1:
+        return grams[0]
+    shape = tf.constant((-1, grams[0].shape[-1]))
+    return tf.concat(
+        [gram if gram.shape.rank == 2 else tf.reshape(gram, shape) for gram in grams], axis=0
+    )
+
+
+def _column_sums(grams, view, taps, groups, channels):
+    """Weighs Gram matrices, S times `(P, G, D * J, D * J)`, into sums `(S, G, kw * J, kw * J)`."""
+    planes, columns = view.planes, view.columns
+    grams = tf.reshape(grams, (-1, planes, groups, columns, channels, columns, channels))
     grams = tf.transpose(grams, (0, 2, 1, 3, 5, 4, 6))
+    count = grams.shape[0]
     grams = tf.reshape(grams, (count, groups, planes * columns**2, channels**2))
     sums = tf.constant(view.weights(), grams.dtype) @ grams
     sums = tf.reshape(sums, (count, groups, taps, taps, channels, channels))

@@ -4,7 +4,7 @@ A block owns no numbers itself: its state lives in variables of the optimizer,
 so that Keras saves and restores it with the optimizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -83,10 +83,11 @@ class KroneckerBlock:
         """
         usable = sound & all_finite([omega, gamma])
         weight = decay * self.weight + (1 - decay)
+        rate = (1 - decay) / weight
         # Selecting between numbers costs less than a branch of the graph for each block.
         for average, batch in ((self.omega, omega), (self.gamma, gamma)):
-            change = (1 - decay) / weight * (tf.cast(batch, average.dtype) - average)
-            average.assign_add(tf.where(usable, change, tf.zeros((), change.dtype)))
+            change = rate * (tf.cast(batch, average.dtype) - average)
+            average.assign_add(tf.where(usable, change, 0.0))
         self.weight.assign(tf.where(usable, weight, self.weight))
         return ~usable
 
@@ -104,7 +105,7 @@ class KroneckerBlock:
 
     def has_data(self) -> tf.Tensor:
         """Whether the factors hold anything on any replica, a boolean scalar."""
-        return tf.reduce_any([weight > 0 for weight in copies_of(self.weight)])
+        return any_of([weight > 0 for weight in copies_of(self.weight)])
 
     def average_over_replicas(self) -> None:
         """Gives all replicas the average of their factors; in cross-replica context.
@@ -153,4 +154,9 @@ class KroneckerBlock:
 
 def all_finite(tensors: list[Any]) -> tf.Tensor:
     """Whether no entry of any tensor is NaN or infinite, a boolean scalar."""
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors])
+    return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors]))
+
+
+def any_of(conditions: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Whether any of some boolean scalars is true, a boolean scalar."""
+    return conditions[0] if len(conditions) == 1 else tf.reduce_any(tf.stack(conditions))

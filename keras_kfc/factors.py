@@ -62,12 +62,12 @@ class DenseGeometry:
 
     def to_joint(self, kernel: tf.Tensor, bias: tf.Tensor | None) -> tf.Tensor:
         """Joins kernel `(J, I)` and bias `(I,)` to `(1, n, I)`."""
-        rows = kernel if bias is None else tf.concat((kernel, bias[None]), axis=0)
-        return rows[None]
+        rows = kernel if bias is None else tf.concat((kernel, tf.expand_dims(bias, 0)), axis=0)
+        return tf.expand_dims(rows, 0)
 
     def from_joint(self, joint: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Splits `(1, n, I)` into kernel `(J, I)` and bias `(I,)` (or None)."""
-        rows = joint[0]
+        rows = tf.squeeze(joint, axis=0)
         has_bias = joint.shape[1] > self.inputs
         return rows[: self.inputs], rows[self.inputs] if has_bias else None
 
@@ -126,13 +126,14 @@ class ConvGeometry:
         """Number of output positions of all examples together, a scalar."""
         shape = tf.shape(inputs)
         first = 2 if self.data_format == "channels_first" else 1
-        count = shape[0]
+        count = 1
         for axis in range(2):
-            size = shape[first + axis]
+            size = inputs.shape[first + axis]
+            size = shape[first + axis] if size is None else size
             if self.padding == "valid":
                 size -= self.dilation_rate[axis] * (self.kernel_size[axis] - 1)
             count *= -(-size // self.strides[axis])
-        return count
+        return count * shape[0]
 
     def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
         """Flattens pre-activation derivatives to `(G, positions of all examples, I / G)`."""
@@ -148,9 +149,9 @@ class ConvGeometry:
         """Joins kernel `(kh, kw, J / G, I)` and bias `(I,)` to `(G, n, I / G)`."""
         rows = tf.reshape(kernel, (self.kernel_rows, self.outputs))
         if bias is not None:
-            rows = tf.concat((rows, bias[None]), axis=0)
+            rows = tf.concat((rows, tf.expand_dims(bias, 0)), axis=0)
         if self.groups == 1:
-            return rows[None]
+            return tf.expand_dims(rows, 0)
         rows = tf.reshape(rows, (-1, self.groups, self.outputs // self.groups))
         return tf.transpose(rows, (1, 0, 2))
 
@@ -158,7 +159,7 @@ class ConvGeometry:
         """Splits `(G, n, I / G)` into kernel `(kh, kw, J / G, I)` and bias `(I,)` (or None)."""
         has_bias = joint.shape[1] > self.kernel_rows
         if self.groups == 1:
-            rows = joint[0]
+            rows = tf.squeeze(joint, axis=0)
         else:
             rows = tf.reshape(tf.transpose(joint, (1, 0, 2)), (-1, self.outputs))
         kernel = tf.reshape(

@@ -7,10 +7,10 @@ function of tensors, and no matrix, singular or zero, raises.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
@@ -31,26 +31,27 @@ class BlockShape(NamedTuple):
 
 def traces(factor: tf.Tensor, groups: int) -> tf.Tensor:
     """Trace of the factor of each group, `(G * P, n, n)` to `(G,)`."""
-    return tf.reduce_sum(tf.reshape(tf.linalg.trace(factor), (groups, -1)), axis=1)
+    parts = tf.linalg.trace(factor)
+    if factor.shape[0] == groups:
+        return parts
+    return tf.reduce_sum(tf.reshape(parts, (groups, -1)), axis=1)
 
 
 def block_damping(
-    omega: tf.Tensor,
-    gamma: tf.Tensor,
+    omega_mean: tf.Tensor,
+    gamma_mean: tf.Tensor,
     damping: tf.Tensor,
     network_mean: tf.Tensor | None,
-    shape: BlockShape | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Splits damping between the two factors of a block (factored Tikhonov).
+    """Splits damping between the two factors of blocks (factored Tikhonov).
 
     With `λ` added to the eigenvalues of `omega ⊗ gamma`, the factors get
     `π √λ` and `√λ / π`, where `π² = (tr omega / n) / (tr gamma / m)`:
-    Martens & Grosse (2015), section 6.3. Parts of a factor that was cut into
-    diagonal blocks get the same.
+    Martens & Grosse (2015), section 6.3.
 
     Args:
-        omega: `(G * P, n, n)`.
-        gamma: `(G * Q, m, m)`.
+        omega_mean: Mean eigenvalue of the omega of each block, `tr omega / n`, `(blocks,)`.
+        gamma_mean: That of its gamma, `tr gamma / m`, likewise.
         damping: Scalar, at least 0. The paper's absolute `λ`, if
             `network_mean` is None; otherwise a multiple of the block's own
             mean eigenvalue `(tr omega / n)(tr gamma / m)`, so that scaling
@@ -58,34 +59,23 @@ def block_damping(
         network_mean: Mean eigenvalue of the whole network's Fisher matrix, a
             scalar. It stands in for a block whose own mean eigenvalue is zero
             (a dead layer) when damping is relative.
-        shape: Sizes of the block. Defaults to those of factors that are not cut.
 
     Returns:
-        `(omega_shift, gamma_shift)`, `(G * P,)` and `(G * Q,)`: what to add to the
+        `(omega_shift, gamma_shift)`, each `(blocks,)`: what to add to the
         diagonals. Where a trace is zero and damping is absolute, `π = 1`.
     """
-    shape = shape or BlockShape(omega.shape[0], omega.shape[-1], gamma.shape[-1])
-    damping = tf.cast(damping, omega.dtype)
-    omega_mean = traces(omega, shape.groups) / shape.rows
-    gamma_mean = traces(gamma, shape.groups) / shape.columns
+    root = tf.sqrt(tf.cast(damping, omega_mean.dtype))
+    omega_alive, gamma_alive = omega_mean > 0, gamma_mean > 0
     if network_mean is None:
-        alive = (omega_mean > 0) & (gamma_mean > 0)
+        alive = omega_alive & gamma_alive
         ratio = tf.where(alive, omega_mean, 1.0) / tf.where(alive, gamma_mean, 1.0)
         pi = tf.sqrt(ratio)
-        omega_shift, gamma_shift = pi * tf.sqrt(damping), tf.sqrt(damping) / pi
-    else:
-        network_mean = tf.cast(network_mean, omega.dtype)
-        omega_mean = tf.where(
-            omega_mean > 0,
-            omega_mean,
-            tf.where(gamma_mean > 0, tf.math.divide_no_nan(network_mean, gamma_mean), 1.0),
-        )
-        gamma_mean = tf.where(gamma_mean > 0, gamma_mean, network_mean / omega_mean)
-        omega_shift, gamma_shift = tf.sqrt(damping) * omega_mean, tf.sqrt(damping) * gamma_mean
-    return (
-        tf.repeat(omega_shift, omega.shape[0] // shape.groups),
-        tf.repeat(gamma_shift, gamma.shape[0] // shape.groups),
-    )
+        return pi * root, root / pi
+    network_mean = tf.cast(network_mean, omega_mean.dtype)
+    instead = tf.where(gamma_alive, tf.math.divide_no_nan(network_mean, gamma_mean), 1.0)
+    omega_mean = tf.where(omega_alive, omega_mean, instead)
+    gamma_mean = tf.where(gamma_alive, gamma_mean, network_mean / omega_mean)
+    return root * omega_mean, root * gamma_mean
 
 
 def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
@@ -112,26 +102,31 @@ def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     # Above this size a decomposition in blocks is faster than one kernel, but not to be had
     # from rounded products.
     largest = (64 if xla else 128) if products_are_exact() else size
-    function = _damped_inverse_of_size(size, matrix.dtype, xla, largest)
+    function = _damped_inverse_of_shape(matrix.shape[0], size, matrix.dtype, xla, largest)
     return tf.ensure_shape(function(matrix, shift), matrix.shape)
 
 
 @functools.lru_cache(maxsize=256)
-def _damped_inverse_of_size(size: int, dtype: tf.DType, xla: bool, largest: int) -> Any:
-    """The graph function behind `damped_inverse`, traced once for each size."""
+def _damped_inverse_of_shape(
+    count: int | None, size: int, dtype: tf.DType, xla: bool, largest: int
+) -> Any:
+    """The graph function behind `damped_inverse`, traced once for each shape."""
     resolution = _resolution(dtype)
 
     def invert(matrix, shift):
-        trace = tf.linalg.trace(matrix)
+        diagonal = tf.linalg.diag_part(matrix)
+        trace = tf.reduce_sum(diagonal, axis=1)
         shift = tf.maximum(shift, dtype.as_numpy_dtype(10 * resolution) * trace)
         # Work on a matrix of unit mean diagonal, so that no scale over- or underflows.
         scale = trace / size + shift
         usable = tf.math.is_finite(scale) & (scale > 0)
-        usable &= tf.reduce_all(tf.math.is_finite(matrix), axis=(-2, -1))
-        identity = tf.eye(size, dtype=dtype)
-        safe_scale = tf.where(usable, scale, 1.0)
-        damped = (matrix + shift[:, None, None] * identity) / safe_scale[:, None, None]
-        damped = tf.where(usable[:, None, None], damped, identity)
+        usable &= tf.reduce_all(tf.math.is_finite(matrix), axis=(1, 2))
+        # One number for each row, and for each matrix. What is not usable becomes the identity.
+        of_rows, of_matrices = tf.constant((-1, 1)), tf.constant((-1, 1, 1))
+        scale = tf.where(usable, scale, 1.0)
+        diagonal = tf.where(tf.reshape(usable, of_rows), diagonal + tf.reshape(shift, of_rows), 1.0)
+        usable, scale = tf.reshape(usable, of_matrices), tf.reshape(scale, of_matrices)
+        damped = tf.linalg.set_diag(tf.where(usable, matrix, 0.0), diagonal) / scale
 
         def by_cholesky():
             root = inverse_root(damped, largest)
@@ -146,10 +141,9 @@ def _damped_inverse_of_size(size: int, dtype: tf.DType, xla: bool, largest: int)
             # Rounding made a pivot negative.
             found = tf.reduce_all(tf.math.is_finite(inverse))
             inverse = tf.cond(found, lambda: inverse, by_lu)
-        inverse /= safe_scale[:, None, None]
-        return tf.where(usable[:, None, None], inverse, dtype.as_numpy_dtype("nan"))
+        return tf.where(usable, inverse / scale, dtype.as_numpy_dtype("nan"))
 
-    signature = [tf.TensorSpec((None, size, size), dtype), tf.TensorSpec((None,), dtype)]
+    signature = [tf.TensorSpec((count, size, size), dtype), tf.TensorSpec((count,), dtype)]
     return tf.function(invert, input_signature=signature, autograph=False)
 
 
@@ -168,19 +162,27 @@ def inverse_root(matrix: tf.Tensor, largest: int = 64) -> tf.Tensor:
     Returns:
         `(G, n, n)`; NaN where a pivot is not positive.
     """
-    size = matrix.shape[-1]
-    if size <= largest:
-        factor = tf.linalg.cholesky(matrix)
-        identity = tf.eye(size, batch_shape=tf.shape(matrix)[:1], dtype=matrix.dtype)
-        return tf.linalg.triangular_solve(factor, identity)
-    half = size // 2
-    first = inverse_root(matrix[:, :half, :half], largest)
-    coupling = tf.matmul(matrix[:, half:, :half], first, transpose_b=True)
-    complement = matrix[:, half:, half:] - tf.matmul(coupling, coupling, transpose_b=True)
-    second = inverse_root(complement, largest)
-    corner = -second @ (coupling @ first)
-    upper = tf.pad(first, ((0, 0), (0, 0), (0, size - half)))
-    return tf.concat((upper, tf.concat((corner, second), axis=2)), axis=1)
+    count = tf.shape(matrix)[:1] if matrix.shape[0] is None else matrix.shape[:1]
+
+    @functools.cache
+    def identity(size):
+        return tf.eye(size, batch_shape=count, dtype=matrix.dtype)
+
+    def root_of(matrix):
+        size = matrix.shape[-1]
+        if size <= largest:
+            return tf.linalg.triangular_solve(tf.linalg.cholesky(matrix), identity(size))
+        half = size // 2
+        first = root_of(tf.slice(matrix, (0, 0, 0), (-1, half, half)))
+        below = tf.slice(matrix, (0, half, 0), (-1, -1, half))
+        coupling = tf.matmul(below, first, transpose_b=True)
+        complement = tf.slice(matrix, (0, half, half), (-1, -1, -1))
+        second = root_of(complement - tf.matmul(coupling, coupling, transpose_b=True))
+        corner = -second @ (coupling @ first)
+        upper = tf.pad(first, ((0, 0), (0, 0), (0, size - half)))
+        return tf.concat((upper, tf.concat((corner, second), axis=2)), axis=1)
+
+    return root_of(matrix)
 
 
 def products_are_exact() -> bool:
@@ -225,19 +227,15 @@ def invert_blocks(
 
 
 def _invert_all(omegas, gammas, block_shapes, damping, relative):
-    network_mean = _network_mean_eigenvalue(omegas, gammas, block_shapes) if relative else None
-    shifts = [
-        block_damping(omega, gamma, damping, network_mean, shape)
-        for omega, gamma, shape in zip(omegas, gammas, block_shapes, strict=True)
-    ]
     factors = [*omegas, *gammas]
-    factor_shifts = [shift for shift, _ in shifts] + [shift for _, shift in shifts]
+    factor_shifts = _shifts(omegas, gammas, block_shapes, damping, relative)
     inverses: list[Any] = [None] * len(factors)
     for members in _equal_shapes(factors).values():
-        stack = tf.concat([factors[number] for number in members], axis=0)
-        shift = tf.concat([factor_shifts[number] for number in members], axis=0)
-        counts = [factors[number].shape[0] for number in members]
-        parts = tf.split(damped_inverse(stack, shift), counts)
+        stack = _concat([factors[number] for number in members])
+        shift = _concat([factor_shifts[number] for number in members])
+        parts = [damped_inverse(stack, shift)]
+        if len(members) > 1:
+            parts = tf.split(parts[0], [factors[number].shape[0] for number in members])
         for number, part in zip(members, parts, strict=True):
             inverses[number] = part
     return inverses[: len(omegas)], inverses[len(omegas) :]
@@ -254,17 +252,43 @@ def _equal_shapes(factors):
     return positions
 
 
-def _network_mean_eigenvalue(omegas, gammas, block_shapes):
-    """Trace of the block-diagonal Fisher matrix over the number of parameters, a scalar."""
-    total = tf.add_n(
-        [
-            tf.reduce_sum(
-                tf.cast(traces(omega, shape.groups) * traces(gamma, shape.groups), tf.float32)
-            )
-            for omega, gamma, shape in zip(omegas, gammas, block_shapes, strict=True)
-        ]
+def _shifts(omegas, gammas, block_shapes, damping, relative):
+    """What to add to the diagonals of all omegas, then of all gammas, a list of `(G * P,)`.
+
+    Parts of a factor that was cut into diagonal blocks get the same.
+    """
+    # All blocks at once. Numbers of float64 blocks keep their precision.
+    dtype = max((factor.dtype for factor in omegas), key=lambda dtype: dtype.size)
+    groups = [shape.groups for shape in block_shapes]
+
+    def traces_of(factors):
+        parts = zip(factors, groups, strict=True)
+        return _concat([tf.cast(traces(factor, count), dtype) for factor, count in parts])
+
+    rows = np.repeat([shape.rows for shape in block_shapes], groups)
+    columns = np.repeat([shape.columns for shape in block_shapes], groups)
+    omega_traces, gamma_traces = traces_of(omegas), traces_of(gammas)
+    network_mean = None
+    if relative:
+        # Trace of the block-diagonal Fisher matrix over the number of parameters.
+        network_mean = tf.tensordot(omega_traces, gamma_traces, 1) / float(rows @ columns)
+    shifts = block_damping(
+        omega_traces / rows.astype(dtype.as_numpy_dtype),
+        gamma_traces / columns.astype(dtype.as_numpy_dtype),
+        damping,
+        network_mean,
     )
-    return total / sum(math.prod(shape) for shape in block_shapes)
+    all_shifts = []
+    for factors, shift in zip((omegas, gammas), shifts, strict=True):
+        for factor, part in zip(factors, tf.split(shift, groups), strict=True):
+            repeats = factor.shape[0] // part.shape[0]
+            part = tf.repeat(part, repeats) if repeats > 1 else part
+            all_shifts.append(tf.cast(part, factor.dtype))
+    return all_shifts
+
+
+def _concat(tensors):
+    return tf.concat(tensors, axis=0) if len(tensors) > 1 else tensors[0]
 
 
 def _resolution(dtype: tf.DType) -> float:

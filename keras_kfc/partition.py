@@ -116,7 +116,8 @@ class Partition:
         """
         if omega.shape[0] == gamma.shape[0] == 1:
             # One matrix is multiplied faster than a batch of one.
-            return (omega[0] @ joint[0] @ gamma[0])[None]
+            omega, joint, gamma = (tf.squeeze(part, axis=0) for part in (omega, joint, gamma))
+            return tf.expand_dims(omega @ joint @ gamma, 0)
         joint = self._join_rows(omega @ self._split_rows(joint))
         columns = split_columns(joint, self.output_parts) @ gamma
         if self.output_parts == 1:

@@ -170,7 +170,8 @@ def at_least_float32(tensor: tf.Tensor) -> tf.Tensor:
 def gram(rows: tf.Tensor) -> tf.Tensor:
     """Sums of outer products `Σ_r r rᵀ`: `(G, N, n)` to `(G, n, n)`."""
     if rows.shape[0] == 1:  # one matrix is multiplied faster than a batch of one
-        return tf.matmul(rows[0], rows[0], transpose_a=True)[None]
+        matrix = tf.squeeze(rows, axis=0)
+        return tf.expand_dims(tf.matmul(matrix, matrix, transpose_a=True), 0)
     return tf.matmul(rows, rows, transpose_a=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import keras
 import tensorflow as tf
 
-from keras_kfc.blocks import KroneckerBlock, all_finite
+from keras_kfc.blocks import KroneckerBlock, all_finite, any_of
 from keras_kfc.capture import Capture
 from keras_kfc.layers import blocks_among, layer_of
 from keras_kfc.linalg import invert_blocks
@@ -75,7 +75,7 @@ class Preconditioner:
 
     def missing_factors(self, blocks: Mapping[int, KroneckerBlock]) -> tf.Tensor:
         """Whether any of the given blocks has no factors yet, a boolean scalar."""
-        return tf.reduce_any([tf.equal(block.weight, 0) for block in blocks.values()])
+        return any_of([tf.equal(block.weight, 0) for block in blocks.values()])
 
     def accumulate(
         self,
@@ -112,9 +112,7 @@ class Preconditioner:
 
     def missing_inverses(self) -> tf.Tensor:
         """Whether any block has factors but no inverses yet, a boolean scalar."""
-        return tf.reduce_any(
-            [block.has_data() & tf.equal(block.inverted, 0) for block in self.blocks]
-        )
+        return any_of([block.has_data() & tf.equal(block.inverted, 0) for block in self.blocks])
 
     def refresh_inverses(self, damping: tf.Tensor, relative: bool) -> tf.Tensor:
         """Inverts all factors anew.

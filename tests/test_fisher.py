@@ -161,11 +161,11 @@ def test_direction_solves_the_explicit_damped_kronecker_system(scale_free):
 
 
 def test_dead_layers_get_the_papers_pi_and_the_networks_damping():
-    omega, dead = tf.constant(2 * np.eye(3)[None]), tf.zeros((1, 2, 2), tf.float64)
-    shifts = block_damping(omega, dead, 0.09, None)
-    np.testing.assert_allclose([part[0] for part in shifts], [0.3, 0.3])
-    shifts = block_damping(omega, dead, 0.09, tf.constant(5.0))
-    np.testing.assert_allclose([part[0] for part in shifts], [0.3 * 2, 0.3 * 5 / 2])
+    omega_means, gamma_means = tf.constant([2.0, 0.0, 0.0]), tf.constant([0.0, 4.0, 0.0])
+    shifts = block_damping(omega_means, gamma_means, 0.09, None)
+    np.testing.assert_allclose(shifts, np.full((2, 3), 0.3))
+    shifts = block_damping(omega_means, gamma_means, 0.09, tf.constant(5.0))
+    np.testing.assert_allclose(shifts, 0.3 * np.array([[2, 5 / 4, 1], [5 / 2, 4, 5]]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -253,10 +253,13 @@ def test_factors_of_one_size_are_inverted_as_each_alone():
     for one, other in zip(flat, flat_compiled, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10)
     for number, (omega, gamma) in enumerate(zip(omegas, gammas, strict=True)):
-        shifts = block_damping(omega, gamma, 0.2, None)
+        # The paper's π for each group.
+        means = [np.trace(part, axis1=1, axis2=2) / part.shape[-1] for part in (omega, gamma)]
+        pi = np.sqrt(means[0] / means[1])
+        shifts = np.sqrt(0.2) * pi, np.sqrt(0.2) / pi
         for result, matrix, shift in zip(results, (omega, gamma), shifts, strict=True):
             identity = np.eye(matrix.shape[-1])
-            expected = np.linalg.inv(matrix + shift.numpy()[:, None, None] * identity)
+            expected = np.linalg.inv(matrix + shift[:, None, None] * identity)
             np.testing.assert_allclose(result[number], expected, rtol=1e-8, atol=1e-12)
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 import keras_kfc
 from conftest import relative_error
 from keras_kfc.factors import ConvGeometry, DenseGeometry
-from keras_kfc.linalg import BlockShape, block_damping, invert_blocks
+from keras_kfc.linalg import BlockShape, invert_blocks
 from keras_kfc.partition import Partition, partition_of
 
 CASES = [
@@ -128,11 +128,13 @@ def test_parts_are_damped_as_the_whole(relative, inputs, outputs, use_bias):
 def test_damping_of_a_dead_part_is_that_of_its_group():
     omega = tf.constant(np.stack([4 * np.eye(2), np.zeros((2, 2))]))
     gamma = tf.constant(np.eye(3)[None])
-    omega_shift, gamma_shift = block_damping(
-        omega, gamma, 0.25, tf.constant(9.0), BlockShape(1, 4, 3)
+    (omega_inverse,), (gamma_inverse,) = invert_blocks(
+        [omega], [gamma], [BlockShape(1, 4, 3)], tf.constant(0.25), True
     )
-    np.testing.assert_allclose(omega_shift, [1.0, 1.0])
-    np.testing.assert_allclose(gamma_shift, [0.5])
+    # The mean eigenvalue of omega is 2, that of gamma 1; damping adds half of each.
+    expected = np.stack([np.eye(2) / (4 + 1), np.eye(2) / (0 + 1)])
+    np.testing.assert_allclose(omega_inverse, expected)
+    np.testing.assert_allclose(gamma_inverse, np.eye(3)[None] / 1.5)
 
 
 def test_parts_stay_within_the_limit_and_are_as_few_as_possible():
