@@ -154,9 +154,8 @@ class PreconditionedStep(ResumableOptimizer):
         next 8, in every fourth of the next 16, and so on, up to the period.
         """
         step = tf.cast(self.iterations, tf.int64)
-        gap = tf.constant(1, tf.int64)
-        for longer in _growing_gaps(period, self.factor_update_period)[1:]:
-            gap = tf.where(step >= 4 * longer, tf.constant(longer, tf.int64), gap)
+        gaps = tf.constant(_growing_gaps(period, self.factor_update_period), tf.int64)
+        gap = tf.reduce_max(tf.where(step >= 4 * gaps, gaps, 1))
         return tf.equal(step % gap, 0)
 
     def _step_factor(self, learning_rate, quadratic, promise):
