@@ -103,8 +103,8 @@ class _Rows:
     """
 
     def __init__(self, laid_out: tf.Tensor):
-        planes, groups, self.rows, _, width = laid_out.shape
-        self.planes = planes * groups
+        planes, self.groups, self.rows, _, width = laid_out.shape
+        self.planes = planes * self.groups
         shape = (self.rows, -1, width)
         self.values = tf.reshape(laid_out, shape if self.planes == 1 else (self.planes, *shape))
         self._matrix_shape = tf.constant((-1, width))
@@ -169,9 +169,17 @@ def _shifted_gram(first, second, shift):
     """Sum over rows q of `first[q]ᵀ second[q + shift]`, `(Z * V, V)` or `(Z, V, V)`."""
     if shift == 0:
         return _product(first.together, second.together)
+    rows, others = first.rows - shift, first.planes - 1
+    if first.groups > 1:
+        # Each group's sum is to be exact to its own scale, so that nothing of another may be in it.
+        size = first.size(first.planes, rows)
+        shape = tf.constant((first.planes, -1, first.values.shape[-1]))
+        return _product(
+            tf.reshape(first.part(0, 0, size), shape),
+            tf.reshape(second.part(0, shift, size), shape),
+        )
     # Slices of the leading axis are no copies. So all planes are shifted as one, and the
     # products of rows from two planes subtracted. The last plane has none behind it.
-    rows, others = first.rows - shift, first.planes - 1
     size = first.size(1, rows)
     last = _product(
         first.as_matrix(first.part(others, 0, size)),

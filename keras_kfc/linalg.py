@@ -50,7 +50,8 @@ def block_damping(
     Martens & Grosse (2015), section 6.3.
 
     Args:
-        omega_mean: Mean eigenvalue of the omega of each block, `tr omega / n`, `(blocks,)`.
+        omega_mean: Mean eigenvalue of the omega of each block, `tr omega / n`, an entry for
+            each group of a block with groups.
         gamma_mean: That of its gamma, `tr gamma / m`, likewise.
         damping: Scalar, at least 0. The paper's absolute `λ`, if
             `network_mean` is None; otherwise a multiple of the block's own
@@ -61,8 +62,8 @@ def block_damping(
             (a dead layer) when damping is relative.
 
     Returns:
-        `(omega_shift, gamma_shift)`, each `(blocks,)`: what to add to the
-        diagonals. Where a trace is zero and damping is absolute, `π = 1`.
+        `(omega_shift, gamma_shift)`, likewise: what to add to the diagonals. Where a trace is
+        zero and damping is absolute, `π = 1`.
     """
     root = tf.sqrt(tf.cast(damping, omega_mean.dtype))
     omega_alive, gamma_alive = omega_mean > 0, gamma_mean > 0

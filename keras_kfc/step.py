@@ -62,10 +62,10 @@ class PreconditionedStep(ResumableOptimizer):
         in_cross_replica_context(self._refresh_inverses)
         directions = self._preconditioner.directions(gradients, first=self._built_now)
         quadratic = promise = _inner_product(gradients, directions)
+        whole = gradients if clipped is grads else by_index(grads)
         if clipped is not grads and self.polyak is not None and directions:
             # Clipping makes a step shorter. The smaller promise of a clipped gradient would
             # make it longer.
-            whole = by_index(grads)
             promise = _inner_product(
                 whole, self._preconditioner.directions(whole, first=self._built_now)
             )
@@ -73,7 +73,8 @@ class PreconditionedStep(ResumableOptimizer):
             promise = tf.where(tf.math.is_finite(promise), promise, quadratic)
         # The fallback rule keeps squares, which may overflow where the gradient does not.
         squares = [tf.square(g) for i, g in gradients.items() if i not in directions]
-        usable = all_finite([quadratic, *gradients.values(), *squares])
+        # Clipping by value would hide an infinity.
+        usable = all_finite([quadratic, *whole.values(), *squares])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update():

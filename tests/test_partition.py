@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 
 import keras
 import numpy as np
@@ -135,6 +136,41 @@ def test_damping_of_a_dead_part_is_that_of_its_group():
     expected = np.stack([np.eye(2) / (4 + 1), np.eye(2) / (0 + 1)])
     np.testing.assert_allclose(omega_inverse, expected)
     np.testing.assert_allclose(gamma_inverse, np.eye(3)[None] / 1.5)
+
+
+def test_relative_damping_of_blocks_of_every_kind_together():
+    """Groups, parts, a dead block, and two dtypes in one network, from the definition."""
+    rng = np.random.default_rng(0)
+
+    def factor(count, size, dtype="float64"):
+        root = rng.normal(size=(count, size, 3 * size))
+        return (root @ root.transpose(0, 2, 1) * rng.uniform(0.1, 10, (count, 1, 1))).astype(dtype)
+
+    shapes = [BlockShape(1, 4, 3), BlockShape(2, 5, 2), BlockShape(1, 6, 3), BlockShape(1, 2, 3)]
+    omegas = [factor(1, 4, "float32"), factor(2, 5), factor(2, 3), factor(1, 2)]
+    gammas = [factor(1, 3, "float32"), factor(2, 2), factor(1, 3), np.zeros((1, 3, 3))]
+    inverses = invert_blocks(
+        list(map(tf.constant, omegas)), list(map(tf.constant, gammas)), shapes, 0.3, True
+    )
+    means = [
+        (
+            np.trace(omega, axis1=1, axis2=2).reshape(groups, -1).sum(1) / rows,
+            np.trace(gamma, axis1=1, axis2=2).reshape(groups, -1).sum(1) / columns,
+        )
+        for omega, gamma, (groups, rows, columns) in zip(omegas, gammas, shapes, strict=True)
+    ]
+    sizes = [shape.rows * shape.columns for shape in shapes]
+    trace = sum(size * (a * b).sum() for size, (a, b) in zip(sizes, means, strict=True))
+    network_mean = trace / sum(math.prod(shape) for shape in shapes)
+    # The dead gamma gets what makes its block's mean eigenvalue that of the network.
+    means[3] = (means[3][0], network_mean / means[3][0])
+    for matrices, results, side in zip((omegas, gammas), inverses, (0, 1), strict=True):
+        for matrix, result, mean in zip(matrices, results, means, strict=True):
+            assert result.dtype == matrix.dtype
+            shift = np.repeat(np.sqrt(0.3) * mean[side], len(matrix) // len(mean[side]))
+            damped = matrix + shift[:, None, None] * np.eye(matrix.shape[-1])
+            tolerance = 1e-4 if matrix.dtype == "float32" else 1e-6
+            np.testing.assert_allclose(result, np.linalg.inv(damped), rtol=tolerance, atol=1e-6)
 
 
 def test_parts_stay_within_the_limit_and_are_as_few_as_possible():

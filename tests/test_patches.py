@@ -102,6 +102,19 @@ def test_windows_of_every_width_and_spectra_in_parts_are_exact(outputs_per_windo
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_faint_group_beside_a_bright_one_is_as_exact_as_by_itself(form):
+    """Sums of one group must not come out of differences of sums with another in them."""
+    images = normal(8, 9, 9, 4) * np.array([1.0, 1.0, 1e5, 1e5])
+    moment, _ = patch_second_moment(
+        tf.constant(images, tf.float32), 5, padding="same", groups=2, form=form
+    )
+    for group, channels in enumerate((slice(0, 2), slice(2, 4))):
+        expected, _ = naive_moment(images, (5, 5), (1, 1), "same", (1, 1), channels)
+        error = np.abs(moment[group] - expected).max() / np.abs(expected).max()
+        assert error < 2e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("groups", [2, 6])
 def test_each_group_sees_its_own_channels(form, groups):
     images = normal(3, 6, 5, 6)

@@ -57,6 +57,16 @@ def test_broken_inputs_leave_no_trace(value, first):
     assert np.isfinite(flat_weights(model)).all()
 
 
+def test_clipping_hides_no_infinity():
+    variable = keras.Variable(np.ones(2, "float32"))
+    optimizer = keras_kfc.KFC(clipvalue=0.5)
+    optimizer.apply([tf.constant([np.inf, 1.0])], [variable])
+    np.testing.assert_array_equal(variable.numpy(), 1.0)
+    assert int(optimizer.skipped_steps) == 1
+    optimizer.apply([tf.constant([1e30, 1.0])], [variable])
+    assert (variable.numpy() < 1.0).all() and int(optimizer.skipped_steps) == 1
+
+
 def test_a_skipped_step_decays_no_weights():
     # All of the gradient of such a loss counts as noise, so that decay has its full strength.
     def own_loss(y_true, y_pred):
