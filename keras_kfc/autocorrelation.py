@@ -111,7 +111,7 @@ class _Rows:
 
     @functools.cached_property
     def together(self) -> tf.Tensor:
-        """All rows of each plane as one matrix, `(Z, H * N, V)`."""
+        """All rows of each plane as one matrix, `(Z, H * N, V)`, or `(H * N, V)` if Z is 1."""
         if self.planes == 1:
             return self.as_matrix(self.values)
         return tf.reshape(self.values, (self.planes, -1, self.values.shape[-1]))
@@ -130,12 +130,19 @@ class _Rows:
         return tf.reshape(values, self._matrix_shape)
 
     def shifted(self, shift: int, shape: tf.Tensor) -> tf.Tensor:
-        """All rows but the first few, and as many of the next plane; likewise, of this shape."""
+        """All rows but the first few, and as many of the next plane, `(Z - 1, H * N, V)`.
+
+        For one group only; see `_shifted_gram`.
+
+        Args:
+            shift: How many.
+            shape: `(Z - 1, -1, V)`, which others share.
+        """
         count = (self.planes - 1) * self.rows
         return tf.reshape(tf.slice(self._in_a_row, (shift, 0, 0), (count, -1, -1)), shape)
 
     def part(self, plane: int, row: int, size: tf.Tensor) -> tf.Tensor:
-        """Some rows of some planes, from a plane and a row on; see `size`."""
+        """From a plane and a row on, `(planes, rows, N, V)` as `size` makes it."""
         begin = (row, 0, 0) if self.planes == 1 else (plane, row, 0, 0)
         return tf.slice(self.values, begin, size)
 

@@ -122,7 +122,6 @@ def test_parts_are_damped_as_the_whole(relative, inputs, outputs, use_bias):
             [omega], [gamma], [partition.block_shape], tf.constant(0.1), relative
         )
         results.append(partition.multiply(omega, joint, gamma).numpy())
-    # The mean eigenvalue of the network is computed in float32, where it is used.
     np.testing.assert_allclose(results[1], results[0], rtol=1e-9)
 
 
