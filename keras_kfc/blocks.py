@@ -32,8 +32,8 @@ class KroneckerBlock:
         gamma: Moving average of the output factor, `(G * Q, m, m)`.
         omega_inverse: Damped inverse of omega, likewise.
         gamma_inverse: Damped inverse of gamma, likewise.
-        weight: Sum of the weights in the moving averages, a scalar in [0, 1); 0
-            before the first update.
+        weight: Number of examples in the moving averages, each with the weight that is left of
+            it, a scalar; 0 before the first update.
         inverted: 1 once the inverses hold numbers, 0 before.
     """
 
@@ -64,26 +64,33 @@ class KroneckerBlock:
         self.inverted = add("inverted")
 
     def accumulate(
-        self, omega: tf.Tensor, gamma: tf.Tensor, decay: float, sound: tf.Tensor
+        self,
+        omega: tf.Tensor,
+        gamma: tf.Tensor,
+        examples: tf.Tensor,
+        decay: tf.Tensor,
+        sound: tf.Tensor,
     ) -> tf.Tensor:
         """Moves the averages towards the factors of one batch.
 
-        The first batch counts in full and every later average is the
-        bias-corrected one, so that it is usable from the start. Factors
-        that hold a NaN or an infinity are left out.
+        Every example counts alike, whatever batch it came in. The first batch counts in full,
+        so that the average is usable from the start. Factors that hold a NaN or an
+        infinity are left out.
 
         Args:
             omega: Input factor of the batch.
             gamma: Output factor of the batch.
-            decay: Decay of the moving average, in [0, 1).
+            examples: Number of examples that they are means over, a scalar.
+            decay: What is left of the weight of former batches, a scalar in [0, 1].
             sound: Whether the batch may be used at all, a boolean scalar.
 
         Returns:
             Whether the batch was left out, a boolean scalar.
         """
         usable = sound & all_finite([omega, gamma])
-        weight = decay * self.weight + (1 - decay)
-        rate = (1 - decay) / weight
+        examples = tf.cast(examples, self.weight.dtype)
+        weight = tf.cast(decay, self.weight.dtype) * self.weight + examples
+        rate = tf.math.divide_no_nan(examples, weight)
         # Selecting between numbers costs less than a branch of the graph for each block.
         for average, batch in ((self.omega, omega), (self.gamma, gamma)):
             change = rate * (tf.cast(batch, average.dtype) - average)

@@ -13,8 +13,11 @@ from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.pending import PendingCaptures, kronecker_optimizer, take_pending
 from keras_kfc.replicas import count_replicas, replica_number, sum_over_replicas
 from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ordinary_gammas
+from keras_kfc.tune import TUNE
 from keras_kfc.step import PreconditionedStep
 
+# Factors remember so many examples at least.
+_FEWEST_EXAMPLES = TUNE.get("factor_examples", 256.0)
 _logger = logging.getLogger("keras_kfc")
 
 
@@ -65,7 +68,7 @@ class FactorUpdates(PreconditionedStep):
 
     def _update_factors(self, capture, compiled, y_true, y_pred, sample_weight, loss_value):
         terms = loss_terms(compiled, y_true, y_pred, sample_weight)
-        self._observe_loss(loss_value, attainable_loss(terms))
+        self._observe_loss(loss_value, attainable_loss(terms), batch_size_of(y_pred))
 
         def gammas(sample, partitions):
             derivatives = output_derivatives(terms, self.fisher, self._step_seed())
@@ -87,21 +90,39 @@ class FactorUpdates(PreconditionedStep):
 
         def update():
             sample = draw_examples(batch_size, self.factor_samples, self._step_seed())
-            refused = preconditioner.accumulate(capture, sample, gammas, self.factor_decay)
+            decay = self._decay_of_factors(sample.size)
+            refused = preconditioner.accumulate(capture, sample, gammas, decay)
             self.skipped_factor_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 
         due = self._is_due(self.factor_update_period)
         tf.cond(due | preconditioner.missing_factors(blocks), update, lambda: False)
 
-    def _observe_loss(self, value, attainable):
+    def _decay_of_factors(self, examples):
+        """What is left of the weight of former batches after one of so many examples.
+
+        Small batches are forgotten more slowly: a factor of a few examples is mostly noise.
+        Micro-batches whose gradients are averaged count as one batch.
+        """
+        examples = tf.cast(examples, tf.float32)
+        decay = tf.maximum(self.factor_decay, 1 - examples / _FEWEST_EXAMPLES)
+        steps = self.gradient_accumulation_steps
+        if steps is None:
+            return decay
+        # The first of them makes room for all.
+        decay = tf.maximum(self.factor_decay, 1 - steps * examples / _FEWEST_EXAMPLES)
+        return tf.where(self._iterations % steps == 0, decay, 1.0)
+
+    def _observe_loss(self, value, attainable, examples):
         known = False
         if attainable is not None:
             known = tf.math.is_finite(attainable)
             value = tf.cast(value, tf.float32) - tf.where(known, attainable, 0.0)
         # Keras divides each replica's loss by their number.
-        (excess,) = sum_over_replicas([tf.cast(value, tf.float32)])
-        self.progress.observe(excess, known)
+        excess, examples = sum_over_replicas(
+            [tf.cast(value, tf.float32), tf.cast(examples, tf.float32)]
+        )
+        self.progress.observe(excess, known, examples)
 
     def apply(self, grads, trainable_variables=None):
         """Updates the variables, after taking in a pending forward pass.

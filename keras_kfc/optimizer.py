@@ -25,6 +25,7 @@ from keras_kfc.memory import memory_of, planned_blocks
 from keras_kfc.pending import PendingCaptures
 from keras_kfc.preconditioner import Preconditioner
 from keras_kfc.progress import Progress
+from keras_kfc.step_size import StepSize
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")
@@ -180,8 +181,8 @@ class KFC(FactorUpdates):
 
     def __init__(
         self,
-        learning_rate=0.05,
-        damping=0.3,
+        learning_rate=0.03,
+        damping=0.1,
         momentum=0.9,
         nesterov=True,
         polyak=1.0,
@@ -193,7 +194,7 @@ class KFC(FactorUpdates):
         scale_free=True,
         factor_samples=None,
         max_factor_dim=2048,
-        fallback_lr_ratio=0.05,
+        fallback_lr_ratio=0.1,
         seed=None,
         weight_decay=0.02,
         clipnorm=None,
@@ -251,6 +252,7 @@ class KFC(FactorUpdates):
         self.skipped_factor_updates = self._counter("skipped_factor_updates")
         self.skipped_inverse_updates = self._counter("skipped_inverse_updates")
         self.progress = Progress(self.add_variable)
+        self.step_size = StepSize(self.add_variable)
         self._preconditioner: Any = None
         self._momentums: tuple[Any, ...] = ()
         self._second_moments: tuple[Any, ...] = ()
@@ -284,6 +286,7 @@ class KFC(FactorUpdates):
         self._preconditioner = Preconditioner(variables, self.add_variable, self.max_factor_dim)
         for block in self.blocks:
             variables[block.kernel].kronecker_owner = weakref.ref(self)
+        self.step_size.build(self.add_variable, max(1, len(self.blocks)))
         covered = self._preconditioner.covered
         self._momentums = tuple(self.add_optimizer_variables(variables, "momentum"))
         self._second_moments = tuple(

@@ -82,7 +82,7 @@ class Preconditioner:
         capture: Capture,
         sample: ExampleSample,
         gammas: Callable[[ExampleSample, Mapping[int, Partition]], Mapping[int, tf.Tensor]],
-        decay: float,
+        decay: tf.Tensor,
     ) -> tf.Tensor:
         """Moves all factors towards those of one batch.
 
@@ -91,7 +91,7 @@ class Preconditioner:
             sample: The examples of it to use.
             gammas: Function from the sample and the layouts of the wanted factors, by record
                 key, to the output factors; a record that it leaves out is not updated.
-            decay: Decay of the moving averages.
+            decay: What is left of the weight of former batches, a scalar.
 
         Returns:
             Number of blocks that refused their factors as not finite.
@@ -106,7 +106,8 @@ class Preconditioner:
             [a for record in capture.records.values() for a in record.dense_inputs()]
         )
         refused = [
-            blocks[key].accumulate(omegas[key], new_gammas[key], decay, sound) for key in new_gammas
+            blocks[key].accumulate(omegas[key], new_gammas[key], sample.size, decay, sound)
+            for key in new_gammas
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 

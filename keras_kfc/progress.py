@@ -1,19 +1,26 @@
 """How far training has got and how fast it goes on, from the losses of its batches.
 
-Polyak's rule takes the lowest loss for within reach, and asks for steps in proportion to what
-the loss `L` has above it, its excess `E`. Where it is not within reach (noisy targets,
-a net that is too small), noise from such steps keeps the loss up for good; where it is
-within reach and the net fits ever more of the data, larger steps would do. How fast
-the excess falls tells these cases apart. Learning curves are about straight lines on
-logarithmic axes, `E ∝ t^-P` after t steps, so the exponent `P` is compared with an
-ordinary one:
+Polyak's rule asks for steps in proportion to what the loss has above the lowest value within reach,
+the gap. Two things tell of it:
 
-    E of now        decays by 0.9 for each step
-    E_r, E_p        means weighted by t^9 and by t: over recent steps and past ones
-    P = log(E_p / E_r) / 0.4
-    pace = w + (1 - w) 3 P,     w = min(1, 100 / t)
+* `E`, what the loss `L` has above the lowest value `L₀` that the targets allow, where that is
+  known (`keras_kfc.attainable`);
+* the fall of the loss, whatever its offset and its sign. Learning curves are about straight
+  lines on logarithmic axes, `L - L_∞ ∝ t^-P` after t examples; with an ordinary `P` of a third,
+  the gap follows from how much the mean over recent steps is below that over past ones.
 
-A constant loss gives a pace of 100 / t, as the theory of stochastic approximation has it.
+Where `L₀` is out of reach (noisy targets, a net that is too small), steps in proportion to `E` would
+keep the loss up for good, and where the net fits ever more of the data, larger ones would
+do. So after the start `E` is multiplied by how fast it falls, compared with an ordinary fall:
+
+    x_r, x_p   means of the loss weighted by t^9 and by t: over recent steps and past ones
+    P          log(E_p / E_r) / 0.4
+    pace       w + (1 - w) 3 P,     w = min(1, 100 / steps)
+    G          E pace                                                  where L₀ is known
+               max((L_p - L_r) / 0.166, w 0.3 spread)                  where it is not
+
+All averages weigh batches by their examples. A constant loss has a pace of 100 / steps, as
+the theory of stochastic approximation has it.
 """
 
 from collections.abc import Callable
@@ -21,13 +28,20 @@ from typing import Any
 
 import tensorflow as tf
 
-_DECAY = 0.9
+from keras_kfc.tune import TUNE
+
+# The average of now forgets within ten steps, or so many examples if that is more.
+_DECAY, _FEWEST_EXAMPLES = 0.9, TUNE.get("loss_examples", 32.0)
 # Weights t^(k-1), for k the strength; means of t^-P are t^-P k / (k - P).
 _RECENT, _PAST = 10.0, 2.0
 _ORDINARY_EXPONENT = 1 / 3
+# E_p - E_r for E of now at the ordinary exponent.
+_ORDINARY_FALL = _PAST / (_PAST - _ORDINARY_EXPONENT) - _RECENT / (_RECENT - _ORDINARY_EXPONENT)
 _FASTEST = 10.0
 # Steps in which the first fall of the loss says little of what will follow.
-_START = 100.0
+_START = TUNE.get("start", 100.0)
+# Part of the spread of batches' losses that the gap is taken for at least, at the start.
+_PART_OF_SPREAD = TUNE.get("spread", 0.3)
 
 
 class Progress:
@@ -37,40 +51,65 @@ class Progress:
         add_variable: Makes a variable of the optimizer.
 
     Attributes:
-        excess: The excess of now, or 0 before any loss.
-        lowest_known: Whether it was measured from the lowest loss, 0 or 1.
+        excess: `E` of now, or the loss of now where `L₀` is not known; 0 before any loss.
+        lowest_known: Whether `L₀` was known, 0 or 1.
     """
 
     def __init__(self, add_variable: Callable[..., Any]):
         self._seen = add_variable((), dtype="int64", name="losses_seen")
+        self._examples = add_variable((), dtype="float32", name="examples_seen")
         self.excess = add_variable((), dtype="float32", name="excess_loss")
+        self._excess_weight = add_variable((), dtype="float32", name="excess_loss_weight")
+        self._spread = add_variable((), dtype="float32", name="loss_spread")
         self._recent = add_variable((), dtype="float32", name="recent_excess_loss")
         self._past = add_variable((), dtype="float32", name="past_excess_loss")
         self.lowest_known = add_variable((), dtype="int64", name="lowest_loss_known")
 
-    def observe(self, excess: tf.Tensor, lowest_known: tf.Tensor) -> None:
+    def observe(
+        self, excess: tf.Tensor, lowest_known: tf.Tensor, examples: tf.Tensor | float = 1.0
+    ) -> None:
         """Takes in the loss of a batch; one that is not finite counts for nothing.
 
         Args:
-            excess: The loss above its lowest value, or the loss where that is not known.
+            excess: The loss above its lowest value, or the loss where that is not known, a scalar.
             lowest_known: Whether it is known.
+            examples: Number of examples in the batch.
         """
-        finite = tf.math.is_finite(excess)
-        excess = tf.where(finite, tf.abs(excess), 0.0)
-        self._seen.assign_add(tf.cast(finite, tf.int64))
-        count = tf.cast(tf.maximum(self._seen.value, 1), tf.float32)
-        # The first rate is 1: no average needs a correction for its start.
-        for average, rate in (
-            (self.excess, (1 - _DECAY) / (1 - _DECAY**count)),
-            (self._recent, tf.minimum(1.0, _RECENT / count)),
-            (self._past, tf.minimum(1.0, _PAST / count)),
+        usable = tf.math.is_finite(excess)
+        excess = tf.where(usable, excess, 0.0)
+        count = tf.where(usable, tf.cast(examples, tf.float32), 0.0)
+        self._seen.assign_add(tf.cast(count > 0, tf.int64))
+        examples = self._examples + count
+        share = tf.math.divide_no_nan(count, examples)
+        decay = tf.maximum(_DECAY, 1 - count / _FEWEST_EXAMPLES)
+        weight = tf.where(count > 0, decay, 1.0) * self._excess_weight + count
+        # Before the averages move, so that the first loss is not its own mean.
+        rate = tf.math.divide_no_nan(count, weight)
+        deviation = tf.abs(excess - tf.where(self._examples > 0, self.excess.value, excess))
+        for average, value, part in (
+            (self.excess, excess, rate),
+            (self._spread, deviation, rate),
+            # The weight of this batch among all, for weights that grow with examples seen.
+            (self._recent, excess, 1 - (1 - share) ** _RECENT),
+            (self._past, excess, 1 - (1 - share) ** _PAST),
         ):
-            average.assign_add(tf.where(finite, rate, 0.0) * (excess - average))
+            average.assign_add(part * (value - average))
+        self._excess_weight.assign(weight)
+        self._examples.assign(examples)
         self.lowest_known.assign(tf.cast(lowest_known, tf.int64))
 
     def forget(self) -> None:
         """Back to before any loss."""
-        for variable in (self._seen, self.excess, self._recent, self._past, self.lowest_known):
+        for variable in (
+            self._seen,
+            self._examples,
+            self.excess,
+            self._excess_weight,
+            self._spread,
+            self._recent,
+            self._past,
+            self.lowest_known,
+        ):
             variable.assign(tf.zeros_like(variable.value))
 
     @property
@@ -83,6 +122,14 @@ class Progress:
         """Whether a loss has been seen and its lowest value is known, a boolean scalar."""
         return self.seen & (self.lowest_known > 0)
 
+    @property
+    def steps_seen(self) -> tf.Tensor:
+        """Number of losses seen, an int64 scalar."""
+        return self._seen.value
+
+    def _start(self) -> tf.Tensor:
+        return tf.minimum(1.0, _START / tf.cast(tf.maximum(self._seen.value, 1), tf.float32))
+
     def pace(self) -> tf.Tensor:
         """Factor for Polyak's step: 1 at first and where the excess falls as usual."""
         tiny = tf.constant(1e-30)
@@ -91,6 +138,11 @@ class Progress:
         # A loss that rises tells of other data, or of steps that are too large.
         relative = tf.abs(exponent) / _ORDINARY_EXPONENT
         relative = tf.minimum(relative, tf.where(exponent > 0, _FASTEST, 1.0))
-        count = tf.cast(tf.maximum(self._seen.value, 1), tf.float32)
-        start = tf.minimum(1.0, _START / count)
+        start = self._start()
         return start + (1 - start) * relative
+
+    def gap(self) -> tf.Tensor:
+        """What the loss may still fall by, a float32 scalar; 0 where nothing tells of it."""
+        fall = (self._past - self._recent) / _ORDINARY_FALL
+        by_fall = tf.maximum(fall, _PART_OF_SPREAD * self._start() * self._spread)
+        return tf.where(self.lowest_known > 0, tf.abs(self.excess) * self.pace(), by_fall)

@@ -39,6 +39,11 @@ class ExampleSample:
     count: int | None = None
     start: tf.Tensor | None = None
 
+    @property
+    def size(self) -> tf.Tensor:
+        """Number of examples in the sample, a scalar."""
+        return self.batch_size if self.count is None else tf.minimum(self.count, self.batch_size)
+
     def take(self, tensors: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Takes the sample's share of each tensor's rows.
 

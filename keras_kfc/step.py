@@ -4,16 +4,19 @@ import keras
 import tensorflow as tf
 
 from keras_kfc.blocks import all_finite
-from keras_kfc.fallback import adam_step, bias_corrections
+from keras_kfc.fallback import SummedRows, adam_step, bias_corrections, summed_rows
 from keras_kfc.preconditioner import Preconditioner
 from keras_kfc.progress import Progress
-from keras_kfc.replicas import in_cross_replica_context, sum_over_replicas
+from keras_kfc.replicas import count_replicas, in_cross_replica_context, sum_over_replicas
 from keras_kfc.resume import ResumableOptimizer
 from keras_kfc.settable import Settable
+from keras_kfc.tune import TUNE
 from keras_kfc.telemetry import StepTelemetry
 
-# Trust region of losses whose lowest value is not known, so that Polyak's rule does not apply.
-_KL_CLIP_INSTEAD = 2e-4
+
+# Weight decay of variables without a block, over that of kernels with one: with the default
+# of 0.02, that of Keras's AdamW.
+_PLAIN_DECAY = 0.2
 
 
 class PreconditionedStep(ResumableOptimizer):
@@ -52,12 +55,22 @@ class PreconditionedStep(ResumableOptimizer):
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         variables = {self._get_variable_index(v): v for v in trainable_variables}
+        clipped = super()._clip_gradients(grads)
+        looked_up: dict[int, SummedRows] = {}
+        if clipped is grads and count_replicas() == 1:
+            looked_up = {
+                index: summed_rows(part, variables[index].shape[0])
+                for index, part in zip(variables, grads, strict=True)
+                if isinstance(part, tf.IndexedSlices)
+            }
 
         def by_index(parts):
+            parts = [
+                part for index, part in zip(variables, parts, strict=True) if index not in looked_up
+            ]
             parts = map(tf.convert_to_tensor, sum_over_replicas(parts))
-            return dict(zip(variables, parts, strict=True))
+            return dict(zip([i for i in variables if i not in looked_up], parts, strict=True))
 
-        clipped = super()._clip_gradients(grads)
         gradients = by_index(clipped)
         in_cross_replica_context(self._refresh_inverses)
         directions = self._preconditioner.directions(gradients, first=self._built_now)
@@ -72,35 +85,44 @@ class PreconditionedStep(ResumableOptimizer):
             # Clipping is there for gradients whose squares overflow.
             promise = tf.where(tf.math.is_finite(promise), promise, quadratic)
         # The fallback rule keeps squares, which may overflow where the gradient does not.
-        squares = [tf.square(g) for i, g in gradients.items() if i not in directions]
+        parts = {**whole, **{index: rows.values for index, rows in looked_up.items()}}
+        squares = [tf.square(g) for i, g in parts.items() if i not in directions]
         # Clipping by value would hide an infinity.
-        usable = all_finite([quadratic, *whole.values(), *squares])
+        usable = all_finite([quadratic, *parts.values(), *squares])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update():
-            trust_scale = (
-                self._step_factor(learning_rate, quadratic, promise) if directions else 1.0
-            )
-            step_size = learning_rate * trust_scale
+            rates = self._rates(learning_rate, quadratic, promise, directions) if directions else {}
             fallback_rate = self.fallback_lr_ratio * learning_rate
-            decay_rate = step_size / (1 - self.momentum) * self._noise(promise)
+            if directions and self.polyak is not None and TUNE.get("follow"):
+                k, low = TUNE["follow"]
+                fallback_rate *= tf.clip_by_value(k * self.step_size.used, low, 1.0)
+            noise = self._noise(promise)
             corrections = bias_corrections(self.iterations + 1)
             changes = []
             for index, variable in variables.items():
                 if index in directions:
-                    change = self._momentum_change(index, variable, step_size, directions[index])
+                    change = self._momentum_change(index, variable, rates[index], directions[index])
+                elif index in looked_up:
+                    change = self._change_of_rows(
+                        index, variable, looked_up[index], corrections, fallback_rate
+                    )
                 else:
                     gradient = tf.cast(gradients[index], variable.dtype)
                     change = self._fallback_change(
                         index, variable, gradient, corrections, fallback_rate
                     )
-                if self._decays(variable):
-                    rate = decay_rate if index in directions else fallback_rate
+                if self._decays(variable) and index not in looked_up:
+                    rate = (
+                        rates[index] * noise / (1 - self.momentum)
+                        if index in directions
+                        else _PLAIN_DECAY * fallback_rate
+                    )
                     change -= tf.cast(self.weight_decay * rate, variable.dtype) * variable
                 self.assign_add(variable, change)
                 changes.append(change)
             if self.watched_steps is not None:
-                self.watched_steps.observe(trust_scale, list(gradients.values()), changes)
+                self.watched_steps.observe(1.0, list(parts.values()), changes)
             return True
 
         def skip():
@@ -159,38 +181,36 @@ class PreconditionedStep(ResumableOptimizer):
         gap = tf.reduce_max(tf.where(step >= 4 * gaps, gaps, 1))
         return tf.equal(step % gap, 0)
 
-    def _step_factor(self, learning_rate, quadratic, promise):
-        """Factor in [0, 1] that bounds the step.
+    def _rates(self, learning_rate, quadratic, promise, directions):
+        """What to multiply the direction of each covered variable by, by its index.
 
         Args:
             learning_rate: The learning rate.
             quadratic: `g · F⁻¹ g`, a scalar.
             promise: The same before gradients were clipped.
+            directions: Preconditioned gradients by index.
         """
-        quadratic, promise = tf.maximum(quadratic, 0.0), tf.maximum(promise, 0.0)
-        seen = self.progress.seen
-        # Before any loss has been seen the unit is 1.
-        excess = tf.where(seen, self.progress.excess.value, 1.0)
-
-        def within_trust_region(bound):
-            bound *= excess if self.scale_free else 1.0
-            squared = tf.math.divide_no_nan(bound, learning_rate**2 * quadratic)
-            return tf.minimum(1.0, tf.sqrt(squared))
-
-        factor = 1.0 if self.kl_clip is None else within_trust_region(self.kl_clip)
-        part = self.polyak
-        if part is not None:
-            # What a gradient takes off the loss to first order, momentum included.
-            decrease = learning_rate * promise / (1 - self.momentum)
-            polyak = tf.math.divide_no_nan(
-                tf.cast(part, tf.float32) * self.progress.pace() * excess, decrease
+        blocks = self._preconditioner.blocks
+        members = [[i for i in (block.kernel, block.bias) if i in directions] for block in blocks]
+        if self.polyak is None:
+            rates = tf.fill((len(blocks),), learning_rate)
+        else:
+            squared = [_mean_square([directions[i] for i in own]) for own in members]
+            rates = self.step_size.rates(
+                self.progress,
+                learning_rate,
+                self.momentum,
+                tf.cast(self.polyak, tf.float32),
+                promise,
+                squared,
             )
-            # In proportion to `polyak`, too, so that a schedule of it serves all losses.
-            radius = tf.square(tf.cast(part, tf.float32)) * _KL_CLIP_INSTEAD
-            instead = within_trust_region(radius) if self.kl_clip is None else 1.0
-            known = self.progress.measured_from_lowest
-            factor = tf.minimum(factor, tf.where(known, polyak, instead))
-        return factor
+        if self.kl_clip is not None:
+            # Before any loss has been seen the unit is 1.
+            unit = tf.where(self.progress.seen, tf.abs(self.progress.excess.value), 1.0)
+            bound = self.kl_clip * (unit if self.scale_free else 1.0)
+            squared = tf.maximum(quadratic, 0.0)
+            rates = tf.minimum(rates, tf.sqrt(tf.math.divide_no_nan(bound, squared)))
+        return {i: rate for own, rate in zip(members, tf.unstack(rates), strict=True) for i in own}
 
     def _momentum_change(self, index, variable, step_size, direction):
         """Moves the momentum of a variable with a block, and tells the variable's change."""
@@ -199,6 +219,23 @@ class PreconditionedStep(ResumableOptimizer):
         velocity = self.momentum * momentum + step
         self.assign(momentum, velocity)
         return self.momentum * velocity + step if self.nesterov else velocity
+
+    def _change_of_rows(self, index, variable, rows, corrections, learning_rate):
+        """As `_fallback_change`, of the rows that were looked up and nothing else."""
+        moments = (self._momentums[index], self._second_moments[index])
+        gradient = tf.cast(rows.values, variable.dtype)
+        change, *moved = adam_step(
+            gradient,
+            *(_rows_of(moment, rows.indices) for moment in moments),
+            corrections,
+            learning_rate,
+        )
+        for moment, new in zip(moments, moved, strict=True):
+            self.assign(moment, tf.IndexedSlices(new, rows.indices))
+        if self._decays(variable):
+            rate = tf.cast(self.weight_decay * _PLAIN_DECAY * learning_rate, variable.dtype)
+            change -= rate * _rows_of(variable, rows.indices)
+        return rows.once(change)
 
     def _fallback_change(self, index, variable, gradient, corrections, learning_rate):
         """Moves the moments of any other variable, and tells the variable's change."""
@@ -209,6 +246,19 @@ class PreconditionedStep(ResumableOptimizer):
         self.assign(first, new_first)
         self.assign(second, new_second)
         return update
+
+
+def _rows_of(variable, indices):
+    """Some rows of a variable, `(N, ...)`."""
+    return tf.gather(tf.convert_to_tensor(variable), indices)
+
+
+def _mean_square(tensors):
+    """Over all entries of some tensors, a float32 scalar; 0 where there is none."""
+    if not tensors:
+        return tf.zeros(())
+    count = sum(t.shape.num_elements() for t in tensors)
+    return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors]) / count
 
 
 def _inner_product(gradients, directions):

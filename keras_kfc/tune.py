@@ -1,0 +1,5 @@
+"""TEMPORARY."""
+
+import json, os
+
+TUNE = json.loads(os.environ.get("KFC_TUNE", "{}"))
