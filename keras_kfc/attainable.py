@@ -17,8 +17,7 @@ import keras
 import tensorflow as tf
 from keras.src.losses.loss import squeeze_or_expand_to_same_rank
 
-from keras_kfc.likelihood import known_function
-from keras_kfc.losses import LossTerm, reduced_loss
+from keras_kfc.losses import LossTerm, known_function, reduced_loss
 
 
 def attainable_loss(terms: Sequence[LossTerm]) -> tf.Tensor | None:
@@ -104,6 +103,7 @@ _ZERO = (
     keras.losses.hinge,
     keras.losses.squared_hinge,
     keras.losses.categorical_hinge,
+    keras.losses.categorical_generalized_cross_entropy,
 )
 _LOWEST_VALUES: tuple[tuple[Any, Callable[[tf.Tensor, dict[str, Any]], tf.Tensor]], ...] = (
     (keras.losses.categorical_crossentropy, _entropy),

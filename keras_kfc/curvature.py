@@ -52,7 +52,9 @@ def kronecker_factors(
     Args:
         model: A built model, instrumented or not.
         x: Inputs, in the structure that the model takes, first axis examples.
-        y: Targets; needed for `fisher="empirical"`.
+        y: Targets; needed for `fisher="empirical"`, and for losses whose Fisher matrix is
+            not known without: other than cross-entropies, mean squared and squared
+            logarithmic error, Poisson and Kullback-Leibler.
         loss: The loss, as `keras.Model.compile` takes it. Defaults to the
             compiled one.
         fisher: `"sampled"`, `"empirical"` or `"exact"`.
@@ -128,11 +130,15 @@ def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
     if not model.built:
         _call(model, _slice(x, 0, 1))
 
+    noted: list[bool] = []  # one line for all batches and traces
+
     def batch_sums(inputs, targets, batch_seed):
         with Capture() as capture:
             outputs = _call(model, inputs)
         size = batch_size_of(outputs)
         derivatives = output_derivatives(loss_terms(compiled, targets, outputs), fisher, batch_seed)
+        if not noted:
+            noted.append(derivatives.log_notes())
         partitions = {
             key: Partition(record.geometry, record.has_bias)
             for key, record in capture.records.items()

@@ -5,71 +5,18 @@ of the Hessian's root for the exact one.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from keras_kfc.likelihood import distribution_of
-from keras_kfc.losses import LossTerm, element_coefficients
-from keras_kfc.patches import at_least_float32
-from keras_kfc.replicas import count_replicas
+from keras_kfc.empirical import EmpiricalDerivatives, with_random_signs
+from keras_kfc.families import family_of
+from keras_kfc.losses import LossTerm
 
 FISHERS = ("sampled", "empirical", "exact")
 
-
-class EmpiricalDerivatives:
-    """Output derivatives of the loss at the training targets (empirical Fisher).
-
-    Works for every `keras.losses.Loss`. One example's derivative is scaled by
-    `1 / sqrt(w)`, w being its weight in the mean, so that weights enter as
-    they do in the Fisher matrix.
-
-    Args:
-        term: The loss term; `y_true` is needed.
-
-    Attributes:
-        sources: Tensors to start the backward pass from.
-    """
-
-    def __init__(self, term: LossTerm):
-        outputs = term.y_pred
-        logits = getattr(outputs, "_keras_logits", None)
-        self.sources = [outputs] if logits is None else [outputs, logits]
-        self._term = term
-
-    def derivatives(self) -> list[tf.Tensor]:
-        """Derivatives for each of `sources`, of their shapes and dtypes."""
-        term = self._term
-        outputs = tf.identity(self.sources[0])
-        watched = [outputs]
-        if len(self.sources) == 2:
-            watched.append(tf.identity(self.sources[1]))
-            outputs._keras_logits = watched[1]
-        mask = getattr(term.y_pred, "_keras_mask", None)
-        if mask is not None:
-            outputs._keras_mask = mask
-        with tf.GradientTape() as tape:
-            tape.watch(watched)
-            loss = tf.reduce_sum(term.loss(term.y_true, outputs, term.sample_weight))
-        gradients = tape.gradient(loss, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        values = term.loss.call(
-            tf.cast(term.y_true, term.loss.dtype), tf.cast(outputs, term.loss.dtype)
-        )
-        # Masks that the loss itself attaches (ignore_class) show in its values.
-        inner_mask = getattr(values, "_keras_mask", None)
-        if inner_mask is not None:
-            mask = inner_mask if mask is None else mask & inner_mask
-        weights = element_coefficients(term, tf.zeros_like(values), mask)
-        examples = tf.cast(tf.shape(outputs)[0], weights.dtype)
-        if weights.shape.rank:
-            weights = tf.reshape(weights, (tf.shape(weights)[0], -1))
-            weights = examples * tf.reduce_sum(weights, axis=1)
-        # Keras divides each replica's loss by their number.
-        loss_weight = count_replicas() * (1.0 if term.loss_weight is None else term.loss_weight)
-        scale = examples * tf.math.divide_no_nan(
-            tf.cast(loss_weight, weights.dtype), tf.sqrt(weights)
-        )
-        return [_scale_examples(gradient, scale) for gradient in gradients]
+_logger = logging.getLogger("keras_kfc")
 
 
 @dataclasses.dataclass
@@ -80,11 +27,23 @@ class OutputDerivatives:
         sources: Output tensors.
         count: Number of backward passes, a Python integer or a scalar tensor.
         derivatives: Function from the number of the pass to a tensor for each source.
+        notes: Sentences about losses whose Fisher matrix is not, or may not be, what was asked
+            for.
+        is_empirical: Whether a loss has the empirical Fisher matrix for sure.
     """
 
     sources: list[tf.Tensor]
     count: int | tf.Tensor
     derivatives: Callable[[tf.Tensor], list[tf.Tensor]]
+    notes: Sequence[str] = ()
+    is_empirical: bool = False
+
+    def log_notes(self) -> bool:
+        """Logs the notes in one line; returns whether there were any."""
+        if self.notes:
+            level = logging.WARNING if self.is_empirical else logging.INFO
+            _logger.log(level, "KFC %s.", "; it ".join(self.notes))
+        return bool(self.notes)
 
 
 def output_derivatives(
@@ -92,16 +51,21 @@ def output_derivatives(
 ) -> OutputDerivatives:
     """Output derivatives of all loss terms of a model for one kind of Fisher matrix.
 
+    A term whose loss has no known Fisher matrix has the empirical one; `notes` tell.
+
     Args:
         terms: The model's loss terms; draws for different terms are independent.
         fisher: `"sampled"`, `"empirical"` or `"exact"`.
-        seed: Two integers, for `"sampled"`.
+        seed: Two integers. For `"exact"` they give each example a random sign in each
+            backward pass: what a layer that looks at the whole batch (a batch
+            normalisation) makes of other examples then adds up as between the independent
+            draws of `"sampled"`, and for all other layers signs square away.
 
     Returns:
         An `OutputDerivatives`; Gamma is the sum over its backward passes.
 
     Raises:
-        ValueError: If a loss has no known distribution and `fisher` needs one.
+        ValueError: If a term has no targets and `fisher` needs them for its loss.
     """
     if fisher == "empirical":
         empirical = [EmpiricalDerivatives(term) for term in terms]
@@ -110,8 +74,17 @@ def output_derivatives(
             1,
             lambda _: [tensor for part in empirical for tensor in part.derivatives()],
         )
-    parts = [distribution_of(term) for term in terms]
+    families = [family_of(term) for term in terms]
+    parts = [family.part for family in families]
     sources = [source for part in parts for source in part.sources]
+    notes = list(dict.fromkeys(family.note for family in families if family.note))
+    is_empirical = any(family.is_empirical for family in families)
+
+    def seed_of(number, index=0):
+        # The second entry counts steps: draws of one step must not return in the next.
+        column = tf.cast(index, seed.dtype) * (1 << 32)
+        return seed + tf.stack([tf.constant(number << 32, seed.dtype), column])
+
     if fisher == "sampled":
         return OutputDerivatives(
             sources,
@@ -119,26 +92,20 @@ def output_derivatives(
             lambda _: [
                 tensor
                 for number, part in enumerate(parts)
-                # The second entry counts steps: draws of one step must not return in the next.
-                for tensor in part.sample(seed + tf.constant([number << 32, 0], seed.dtype))
+                for tensor in part.sample(seed_of(number))
             ],
+            notes,
+            is_empirical,
         )
     counts = [part.count_columns() for part in parts]
 
     def columns(index):
         tensors, first = [], 0
-        for part, count in zip(parts, counts, strict=True):
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
             # Outside of the part's own range the one-hot choice is all zeros.
-            tensors += part.column(tf.cast(index, tf.int32) - first)
+            column = part.column(tf.cast(index, tf.int32) - first)
+            tensors += with_random_signs(column, seed_of(number, index))
             first += count
         return tensors
 
-    return OutputDerivatives(sources, tf.add_n(counts), columns)
-
-
-def _scale_examples(tensor: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    if scale.shape.rank:
-        scale = tf.reshape(scale, tf.concat(([-1], tf.ones(tf.rank(tensor) - 1, tf.int32)), 0))
-    return tf.cast(
-        at_least_float32(tensor) * tf.cast(scale, at_least_float32(tensor).dtype), tensor.dtype
-    )
+    return OutputDerivatives(sources, tf.add_n(counts), columns, notes, is_empirical)

@@ -44,8 +44,7 @@ class FactorUpdates(PreconditionedStep):
             sample_weight: Sample weights or None.
 
         Raises:
-            ValueError: If the optimizer is not built, or the loss has no known
-                Fisher matrix and `fisher` is not `"empirical"`.
+            ValueError: If the optimizer is not built.
         """
         if not self.built:
             raise ValueError(
@@ -67,11 +66,13 @@ class FactorUpdates(PreconditionedStep):
         self._update_factors(capture, compiled, y_true, y_pred, sample_weight, value)
 
     def _update_factors(self, capture, compiled, y_true, y_pred, sample_weight, loss_value):
-        terms = loss_terms(compiled, y_true, y_pred, sample_weight)
-        self._observe_loss(loss_value, attainable_loss(terms), batch_size_of(y_pred))
+        terms = loss_terms(compiled, y_true, y_pred, sample_weight, loss_value)
+        # A loss that is not reduced is trained by the gradient of its sum.
+        self._observe_loss(tf.reduce_sum(loss_value), attainable_loss(terms), batch_size_of(y_pred))
 
         def gammas(sample, partitions):
             derivatives = output_derivatives(terms, self.fisher, self._step_seed())
+            self._noticed = self._noticed or derivatives.log_notes()
             return batch_gammas(capture, derivatives, sample, partitions)
 
         self._accumulate(capture, batch_size_of(y_pred), gammas)

@@ -16,13 +16,10 @@ the negative log-likelihood of the drawn target. Source: Martens & Grosse
 Tensors: B examples, P positions, D output channels or classes.
 """
 
-from typing import Any
-
 import keras
 import tensorflow as tf
-from keras.src.losses.losses import LossFunctionWrapper
 
-from keras_kfc.losses import LossTerm, element_coefficients
+from keras_kfc.losses import LossTerm, known_function, root_coefficients
 from keras_kfc.patches import at_least_float32
 
 
@@ -85,20 +82,16 @@ class OutputDistribution:
             labels = tf.reshape(term.y_true, tf.shape(self._outputs)[:-1])
             valid = labels != tf.cast(ignore_class, labels.dtype)
             mask = valid if mask is None else mask & valid
-        coefficients = element_coefficients(term, tf.zeros_like(self._loss_values(term)), mask)
-        if coefficients.shape.rank < self._outputs.shape.rank - 1:
+        roots = root_coefficients(term, self._loss_values(term), mask, self._shape[0])
+        if roots.shape.rank < self._outputs.shape.rank - 1:
             # Keras squeezed a channel axis of size 1 away and averaged over the
             # axis before it: spread the coefficient over that axis.
-            size = tf.cast(tf.shape(self._outputs)[-2], coefficients.dtype)
-            coefficients = tf.repeat(
-                coefficients[..., None] / size, tf.shape(self._outputs)[-2], axis=-1
-            )
-        examples = tf.cast(self._shape[0], coefficients.dtype)
-        squared = examples * coefficients[..., None]
+            size = tf.sqrt(tf.cast(tf.shape(self._outputs)[-2], roots.dtype))
+            roots = tf.repeat(roots[..., None] / size, tf.shape(self._outputs)[-2], axis=-1)
+        roots = roots[..., None]
         if self._family != "categorical":
-            channels = tf.cast(tf.shape(self._outputs)[-1], coefficients.dtype)
-            squared /= channels
-        return tf.cast(tf.sqrt(squared), self._outputs.dtype)
+            roots /= tf.sqrt(tf.cast(tf.shape(self._outputs)[-1], roots.dtype))
+        return tf.cast(roots, self._outputs.dtype)
 
     def _loss_values(self, term):
         """A tensor of the shape of the values that the loss function returns."""
@@ -188,34 +181,16 @@ class OutputDistribution:
         return [tf.cast(scaled, source.dtype)]
 
 
-def known_function(loss: Any) -> tuple[Any, dict[str, Any]]:
-    """The function that a Keras loss computes, and its options.
-
-    Args:
-        loss: The `keras.losses.Loss`.
-
-    Returns:
-        The function, or None where a `call` of the loss's own may compute anything, and
-        the keyword arguments that the loss calls it with.
-    """
-    known = getattr(type(loss), "call", None) is LossFunctionWrapper.call
-    return loss.fn if known else None, dict(getattr(loss, "_fn_kwargs", {}))
-
-
-def distribution_of(term: LossTerm) -> OutputDistribution:
+def distribution_of(term: LossTerm) -> OutputDistribution | None:
     """The predictive distribution behind a Keras loss.
 
     Args:
         term: The loss term.
 
     Returns:
-        An `OutputDistribution`.
-
-    Raises:
-        ValueError: If the loss has no known distribution.
+        An `OutputDistribution`, or None for a loss that is none of those known here.
     """
-    loss = term.loss
-    function, options = known_function(loss)
+    function, options = known_function(term.loss)
     axis = options.get("axis", -1)
     from_logits = bool(options.get("from_logits", False))
     if function is keras.losses.mean_squared_error:
@@ -228,18 +203,7 @@ def distribution_of(term: LossTerm) -> OutputDistribution:
         return OutputDistribution(
             term, "categorical", axis, from_logits, options.get("ignore_class")
         )
-    raise unknown_loss(getattr(loss, "name", None) or type(loss).__name__)
-
-
-def unknown_loss(name: str) -> ValueError:
-    """The error for a loss whose Fisher matrix is not known."""
-    return ValueError(
-        "The Fisher matrix of the model's own distribution is known for the losses "
-        "sparse_categorical_crossentropy, categorical_crossentropy, binary_crossentropy "
-        f'and mean_squared_error. Received: loss="{name}". Use '
-        'fisher="empirical" to estimate the Fisher matrix of this loss from the training '
-        "targets."
-    )
+    return None
 
 
 def _uniform(shape, seed, dtype):

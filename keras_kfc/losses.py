@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.trainers.compile_utils import CompileLoss
 
 
@@ -31,7 +32,54 @@ class LossTerm:
     y_true: tf.Tensor | None
     y_pred: tf.Tensor
     sample_weight: tf.Tensor | None = None
-    loss_weight: float | None = None
+    loss_weight: float | tf.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call the loss."""
+        return getattr(self.loss, "name", None) or type(self.loss).__name__
+
+
+def known_function(loss: Any) -> tuple[Any, dict[str, Any]]:
+    """The function that a Keras loss computes, and its options.
+
+    Args:
+        loss: The `keras.losses.Loss`.
+
+    Returns:
+        The function, or None where a `call` of the loss's own may compute anything, and
+        the keyword arguments that the loss calls it with.
+    """
+    known = getattr(type(loss), "call", None) is LossFunctionWrapper.call
+    return loss.fn if known else None, dict(getattr(loss, "_fn_kwargs", {}))
+
+
+def loss_values(
+    term: LossTerm, outputs: tf.Tensor, dtype: tf.DType | None = None
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """What the loss function returns, before weights and reduction.
+
+    Args:
+        term: The loss term; `y_true` is needed.
+        outputs: What to call the loss function with in place of the term's outputs.
+        dtype: Type to compute in, by default the loss's own.
+
+    Returns:
+        The values `ℓ_e`, and a mask of those that count or None: the outputs' own joined
+        with one that the loss function attaches (`ignore_class`).
+    """
+    dtype = term.loss.dtype if dtype is None else dtype
+    mask = getattr(term.y_pred, "_keras_mask", None)
+    attributes = {"_keras_logits": getattr(outputs, "_keras_logits", None), "_keras_mask": mask}
+    outputs = tf.identity(tf.cast(outputs, dtype))  # attributes go on a tensor of our own
+    for name, value in attributes.items():
+        if value is not None:
+            setattr(outputs, name, value)
+    values = tf.convert_to_tensor(term.loss.call(tf.cast(term.y_true, dtype), outputs))
+    inner_mask = getattr(values, "_keras_mask", None)
+    if inner_mask is not None:
+        mask = inner_mask if mask is None else mask & inner_mask
+    return values, mask
 
 
 class _Reduction(keras.losses.Loss):
@@ -85,6 +133,24 @@ def element_coefficients(term: LossTerm, values: tf.Tensor, mask: tf.Tensor | No
     return tf.maximum(coefficients, 0)
 
 
+def root_coefficients(
+    term: LossTerm, values: tf.Tensor, mask: tf.Tensor | None, examples: tf.Tensor
+) -> tf.Tensor:
+    """`sqrt(B c_e)`, which scales an element's derivatives in the Fisher matrix.
+
+    Args:
+        term: The loss term.
+        values: A tensor of the shape of the loss values, one for each element.
+        mask: Mask of the elements, or None.
+        examples: Number of examples in the batch, B.
+
+    Returns:
+        A tensor of the shape of `values`.
+    """
+    coefficients = element_coefficients(term, tf.zeros_like(values), mask)
+    return tf.sqrt(tf.cast(examples, coefficients.dtype) * coefficients)
+
+
 class _Recorder:
     """Stands in for a loss and notes what Keras would have called it with."""
 
@@ -97,7 +163,11 @@ class _Recorder:
 
 
 def loss_terms(
-    compiled: CompileLoss, y_true: Any, y_pred: Any, sample_weight: Any = None
+    compiled: CompileLoss,
+    y_true: Any,
+    y_pred: Any,
+    sample_weight: Any = None,
+    loss_value: tf.Tensor | None = None,
 ) -> list[LossTerm]:
     """Pairs the losses of a compiled model with outputs, targets and weights.
 
@@ -108,6 +178,8 @@ def loss_terms(
         y_true: Targets in the structure that Keras takes, or None if unknown.
         y_pred: The model's outputs.
         sample_weight: Sample weights or None.
+        loss_value: What the compiled loss returned, if known. It is no scalar where a loss
+            has `reduction="none"`; training then takes the gradient of its sum.
 
     Returns:
         A term for each output that has a loss.
@@ -134,6 +206,12 @@ def loss_terms(
     if y_true is None:
         for term in terms:
             term.y_true = None
+    if loss_value is not None and loss_value.shape.rank != 0:
+        for term in terms:
+            if term.loss.reduction not in (None, "none"):
+                # A scalar was added to each entry of the other outputs' values.
+                times = tf.cast(tf.size(loss_value), tf.float32)
+                term.loss_weight = times * (1.0 if term.loss_weight is None else term.loss_weight)
     return terms
 
 

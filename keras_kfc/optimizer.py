@@ -73,10 +73,12 @@ class KFC(FactorUpdates):
     All this is free of scale: `λ` is `damping` times the mean eigenvalue of the layer's own
     block by default, and a loss weight changes nothing.
 
-    The Fisher matrix is the generalised Gauss-Newton matrix of the compiled
-    loss: categorical, sparse categorical and binary cross-entropy and mean
-    squared error, with sample, class and loss weights. Other losses train
-    with `fisher="empirical"`.
+    The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with
+    sample, class and loss weights. For cross-entropies, mean squared error, Poisson and
+    Kullback-Leibler losses it is that of the model's own distribution. Other losses of
+    independent outputs, or of up to 16 outputs at once, have their Hessian in the outputs,
+    made positive, your own functions too. Where a loss depends on more at once (a loss over
+    the whole batch, CTC) it has the empirical Fisher matrix, which a logged line tells.
 
     Variables of other layers are trained by Adam with a learning rate of
     `fallback_lr_ratio * learning_rate`, and an epsilon relative to the size of

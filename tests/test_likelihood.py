@@ -14,6 +14,7 @@ import tensorflow as tf
 import keras_kfc
 from conftest import explicit_ggn, relative_error
 from keras_kfc.derivatives import output_derivatives
+from keras_kfc.families import family_of
 from keras_kfc.likelihood import distribution_of
 from keras_kfc.losses import LossTerm
 
@@ -223,23 +224,19 @@ def test_classes_on_another_axis(from_logits):
     np.testing.assert_allclose(derivatives[1], derivatives[-1].transpose(0, 2, 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
-def test_other_losses_are_refused_with_advice(fisher):
-    model = keras_kfc.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
-    model.compile(optimizer=keras_kfc.KFC(fisher=fisher), loss="huber")
-    with pytest.raises(ValueError, match=r'loss="huber".*fisher="empirical"'):
-        model.fit(np.ones((4, 4)), np.ones((4, 2)), verbose=0)
-
-
 def test_a_subclass_of_a_known_loss_is_not_taken_for_it():
     class Tenfold(keras.losses.MeanSquaredError):
         def call(self, y_true, y_pred):
             return 10 * super().call(y_true, y_pred)
 
     outputs = tf.ones((2, 3))
-    with pytest.raises(ValueError, match='fisher="empirical"'):
-        distribution_of(LossTerm(Tenfold(), outputs, outputs))
-    distribution_of(LossTerm(keras.losses.MeanSquaredError(), outputs, outputs))
+    assert distribution_of(LossTerm(Tenfold(), outputs, outputs)) is None
+    assert distribution_of(LossTerm(keras.losses.MeanSquaredError(), outputs, outputs))
+    (tenfold, plain) = (
+        family_of(LossTerm(loss, 0 * outputs, outputs)).part.column(tf.constant(0))[0]
+        for loss in (Tenfold(), keras.losses.MeanSquaredError())
+    )
+    np.testing.assert_allclose(tenfold, np.sqrt(10) * plain, rtol=1e-5)
 
 
 def test_draws_of_a_step_do_not_return_in_another_output_of_the_next():

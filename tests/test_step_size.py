@@ -27,8 +27,14 @@ def test_the_mean_step_is_along_the_mean_gradient():
     """
     rng = np.random.default_rng(0)
     # So small a scale that the weights stay about where they are.
-    model = line(polyak=1e-5, momentum=0.0, fisher="exact", factor_decay=0.999,
-                 factor_update_period=1, inverse_update_period=1)
+    model = line(
+        polyak=1e-5,
+        momentum=0.0,
+        fisher="exact",
+        factor_decay=0.999,
+        factor_update_period=1,
+        inverse_update_period=1,
+    )
     rows = np.eye(2, dtype="float32")
     rare = rng.random(1500) < 0.1
     weights = []
@@ -99,7 +105,9 @@ def test_a_schedule_scales_steps_that_are_below_the_bound():
             before = flat_weights(model)
             model.train_on_batch(x[:32], y[:32])
             moved.append(flat_weights(model) - before)
-            for variable, value in zip(model.trainable_variables, np.split(before, []), strict=False):
+            for variable, value in zip(
+                model.trainable_variables, np.split(before, []), strict=False
+            ):
                 del variable, value
         return moved
 

@@ -252,7 +252,9 @@ register(
         (300, 200),
         held_out=True,
     ),
-    Task("wines", _few_wines, lambda: perceptron(13, 3, "softmax"), CROSSENTROPY, (4, 32), (300, 150)),
+    Task(
+        "wines", _few_wines, lambda: perceptron(13, 3, "softmax"), CROSSENTROPY, (4, 32), (300, 150)
+    ),
     Task(
         "focal loss",
         _one_hot_digits,

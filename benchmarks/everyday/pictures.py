@@ -12,7 +12,9 @@ def _blobs(rng):
     """Noisy images `(N, 16, 16, 1)` of one or two discs, and their masks."""
     grid = np.stack(np.meshgrid(np.arange(16), np.arange(16), indexing="ij"), -1)
     centres = rng.uniform(3, 13, size=(600, 2, 1, 1, 2))
-    radii = rng.uniform(1.5, 3.5, size=(600, 2, 1, 1)) * (rng.random((600, 2, 1, 1)) < [[[1.0]], [[0.5]]])
+    radii = rng.uniform(1.5, 3.5, size=(600, 2, 1, 1)) * (
+        rng.random((600, 2, 1, 1)) < [[[1.0]], [[0.5]]]
+    )
     masks = (np.linalg.norm(grid - centres, axis=-1) < radii).any(1)[..., None]
     images = masks + 0.7 * rng.normal(size=masks.shape)
     return split(images.astype("float32"), masks.astype("float32"), 100)

@@ -14,9 +14,7 @@ def _rows(rng):
 
 
 def _recurrent():
-    return keras.Sequential(
-        [keras.Input((8, 8)), layers.LSTM(32), layers.Dense(10, "softmax")]
-    )
+    return keras.Sequential([keras.Input((8, 8)), layers.LSTM(32), layers.Dense(10, "softmax")])
 
 
 def _waves(rng):
@@ -169,10 +167,28 @@ register(
     Task("recurrent", _rows, _recurrent, CROSSENTROPY, (4, 32), (500, 400)),
     Task("signals", _waves, _convolutional, CROSSENTROPY, (4, 32), (500, 300)),
     Task("bag of words", _words, _bag_of_words, "binary_crossentropy", (4, 32), (600, 300)),
-    Task("transformer", _words, lambda: _transformer(False), "binary_crossentropy", (4, 32), (400, 250)),
-    Task("language", _language, lambda: _transformer(True), CROSSENTROPY, (32,), (300,), floor=0.8, held_out=True),
+    Task(
+        "transformer",
+        _words,
+        lambda: _transformer(False),
+        "binary_crossentropy",
+        (4, 32),
+        (400, 250),
+    ),
+    Task(
+        "language",
+        _language,
+        lambda: _transformer(True),
+        CROSSENTROPY,
+        (32,),
+        (300,),
+        floor=0.8,
+        held_out=True,
+    ),
     Task("forecast", _series, _gated, "mse", (32,), (400,), held_out=True),
-    Task("triplets", lambda rng: _pairs(rng, 3), lambda: _embedder(3), triplet, (4, 32), (300, 200)),
+    Task(
+        "triplets", lambda rng: _pairs(rng, 3), lambda: _embedder(3), triplet, (4, 32), (300, 200)
+    ),
     Task(
         "contrastive",
         lambda rng: _pairs(rng, 2),

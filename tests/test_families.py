@@ -1,0 +1,306 @@
+"""The Fisher matrix of every family of losses, example by example.
+
+Rows differ and each has its own weight, so that a coefficient which went to another
+example would show. What a family must be is computed by loops in NumPy, or by automatic
+differentiation of the Keras loss, in float64.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from conftest import explicit_ggn, relative_error, softmax
+from keras_kfc.families import family_of
+from keras_kfc.losses import LossTerm, compile_loss
+
+losses = keras.losses
+RNG = np.random.default_rng(3)
+WEIGHTS = np.array([0.5, 2.0, 0.0, 1.5, 3.0])
+REAL = RNG.normal(size=(5, 3))
+OUTPUTS = REAL + np.array([0.3, 4.0, 0.2]) * RNG.normal(size=(5, 3))
+LABELS = np.array([0, 2, 1, 1, 0])
+ONE_HOT = np.eye(3)[LABELS]
+POSITIVE = np.exp(OUTPUTS / 4)
+COUNTS = RNG.poisson(2.0, size=(5, 3)).astype("float64")
+SIGNS = np.sign(REAL)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    keras.config.set_floatx("float64")
+
+
+def hessian_blocks(loss, y, outputs, weights=None):
+    """The Hessian of the weighted Keras loss in each example's outputs, `(B, D, D)`."""
+    point = tf.constant(outputs)
+    with tf.GradientTape(persistent=True) as outer:
+        outer.watch(point)
+        with tf.GradientTape() as inner:
+            inner.watch(point)
+            value = tf.reduce_sum(loss(y, point, weights))
+        gradient = inner.gradient(value, point)
+    hessian = outer.jacobian(gradient, point, experimental_use_pfor=False).numpy()
+    count, size = len(outputs), outputs[0].size
+    hessian = hessian.reshape(count, size, count, size)
+    return np.stack([hessian[i, :, i] for i in range(count)])
+
+
+def positive_part(blocks):
+    values, vectors = np.linalg.eigh(blocks)
+    return np.einsum("bij,bj,bkj->bik", vectors, np.maximum(values, 0), vectors)
+
+
+def diagonals(second_derivatives):
+    """Blocks of the mean loss, whose values are means over the outputs, with the weights."""
+    size = len(second_derivatives[0])
+    return np.stack(
+        [
+            weight / len(WEIGHTS) * np.diag(row) / size
+            for weight, row in zip(WEIGHTS, second_derivatives, strict=True)
+        ]
+    )
+
+
+def own_squared(y_true, y_pred):
+    return tf.reduce_mean(tf.square(y_true - y_pred), axis=-1)
+
+
+def own_unreduced(y_true, y_pred):
+    return tf.math.softplus(y_pred - y_true)
+
+
+def own_joint(y_true, y_pred):
+    return tf.reduce_logsumexp(y_pred, axis=-1) ** 2 - tf.reduce_sum(y_true * y_pred, axis=-1)
+
+
+def own_pinball(y_true, y_pred):
+    error = y_true - y_pred
+    return tf.reduce_mean(tf.maximum(0.9 * error, -0.1 * error), axis=-1)
+
+
+def laplace(slopes, values):
+    """`g² / (2 m)` for functions f of one output with slopes g, m the weighted mean of f."""
+    typical = np.average(np.mean(values, axis=1), weights=WEIGHTS)
+    return diagonals(slopes**2 / (2 * typical))
+
+
+RESIDUAL = OUTPUTS - REAL
+MARGIN = 1 - SIGNS * OUTPUTS
+CASES = {
+    # A loss, its targets and outputs, and the matrix that it must have; None for the Hessian.
+    "sparse": (losses.SparseCategoricalCrossentropy(from_logits=True), LABELS, OUTPUTS, None),
+    "categorical": (losses.CategoricalCrossentropy(from_logits=True), ONE_HOT, OUTPUTS, None),
+    "binary": (losses.BinaryCrossentropy(from_logits=True), ONE_HOT, OUTPUTS, None),
+    "squared": (losses.MeanSquaredError(), REAL, OUTPUTS, None),
+    "squared sum": (losses.MeanSquaredError(reduction="sum"), REAL, OUTPUTS, None),
+    "squared none": (losses.MeanSquaredError(reduction="none"), REAL, OUTPUTS, None),
+    "own squared": (own_squared, REAL, OUTPUTS, None),
+    "own unreduced": (own_unreduced, REAL, OUTPUTS, None),
+    "own joint": (own_joint, ONE_HOT, OUTPUTS, None),
+    "focal": (losses.CategoricalFocalCrossentropy(from_logits=True), ONE_HOT, OUTPUTS, "positive"),
+    "cosine": (losses.CosineSimilarity(), REAL, OUTPUTS, "positive"),
+    "dice of an example": (losses.Dice(axis=-1), ONE_HOT, POSITIVE, "positive"),
+    "squared hinge": (losses.SquaredHinge(), SIGNS, np.clip(OUTPUTS, -0.9, 0.9), None),
+    "huber": (
+        losses.Huber(0.5, dtype="float64"),
+        REAL,
+        OUTPUTS,
+        diagonals(np.minimum(1, 0.5 / np.abs(RESIDUAL))),
+    ),
+    "log cosh": (losses.LogCosh(), REAL, OUTPUTS, diagonals(np.tanh(RESIDUAL) / RESIDUAL)),
+    "squared logarithm": (
+        losses.MeanSquaredLogarithmicError(),
+        COUNTS,
+        POSITIVE,
+        diagonals(2 / (1 + POSITIVE) ** 2),
+    ),
+    "poisson": (losses.Poisson(), COUNTS, POSITIVE, diagonals(1 / (POSITIVE + 1e-7))),
+    "divergence": (
+        losses.KLDivergence(),
+        ONE_HOT,
+        softmax(OUTPUTS),
+        diagonals(3 / softmax(OUTPUTS)),
+    ),
+    "absolute": (
+        losses.MeanAbsoluteError(),
+        REAL,
+        OUTPUTS,
+        laplace(np.sign(RESIDUAL), np.abs(RESIDUAL)),
+    ),
+    "hinge": (
+        losses.Hinge(),
+        SIGNS,
+        OUTPUTS,
+        laplace(SIGNS * (MARGIN > 0), np.maximum(MARGIN, 0)),
+    ),
+    "own pinball": (
+        own_pinball,
+        REAL,
+        OUTPUTS,
+        laplace(np.where(RESIDUAL < 0, -0.9, 0.1), np.maximum(-0.9 * RESIDUAL, 0.1 * RESIDUAL)),
+    ),
+}
+
+
+def part_and_matrix(case):
+    loss, y, outputs, expected = CASES[case]
+    if isinstance(loss, losses.Loss) and loss.dtype != "float64":
+        # Keras losses compute in the float type of the time when they were made.
+        loss = type(loss).from_config({**loss.get_config(), "dtype": "float64"})
+    elif not isinstance(loss, losses.Loss):
+        compiled = compile_loss(loss)
+        compiled.build(tf.constant(y), tf.constant(outputs))
+        loss = compiled._flat_losses[0].loss
+    weights = WEIGHTS[:, None] if case == "own unreduced" else WEIGHTS
+    if expected is None or isinstance(expected, str):
+        blocks = hessian_blocks(loss, y, outputs, weights)
+        lowest = np.linalg.eigvalsh(blocks).min()
+        assert (lowest < -1e-3) == (expected == "positive")  # each is clipped or needs it not
+        expected = positive_part(blocks)
+    term = LossTerm(loss, tf.constant(y), tf.constant(outputs), tf.constant(weights))
+    return family_of(term).part, expected
+
+
+def examples(derivatives):
+    """`(draws, B, D)` of a list with one tensor."""
+    (tensor,) = derivatives
+    return tensor.numpy().reshape(len(tensor), len(WEIGHTS), -1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_columns_make_up_the_matrix_of_each_example(case):
+    part, expected = part_and_matrix(case)
+    columns = examples(
+        [tf.stack([part.column(tf.constant(k))[0] for k in range(int(part.count_columns()))])]
+    )
+    # One example's gradient is that of B times its share of the mean loss.
+    matrix = np.einsum("kbi,kbj->bij", columns, columns) / len(WEIGHTS)
+    np.testing.assert_allclose(matrix, expected, rtol=1e-6, atol=1e-9)
+    assert relative_error(matrix[::-1], expected) > 0.1  # weights are those of the examples
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_draws_have_the_matrix_as_their_mean(case):
+    part, expected = part_and_matrix(case)
+    count = 3000
+
+    @tf.function
+    def draw():
+        seeds = tf.range(count, dtype=tf.int64)
+        return tf.map_fn(
+            lambda step: part.sample(tf.stack([5, step]))[0],
+            seeds,
+            fn_output_signature=part.sources[0].dtype,
+        )
+
+    draws = examples([draw()])
+    whole = np.einsum("kbi,kcj->kbicj", draws, draws) / len(WEIGHTS)
+    mean, error = whole.mean(0), whole.std(0) / np.sqrt(count)
+    target = np.zeros_like(mean)
+    for number, block in enumerate(expected):
+        target[number, :, number] = block
+    # Different examples are independent, too.
+    assert np.all(np.abs(mean - target) <= 5 * error + 1e-7 * np.abs(target).max())
+    assert np.any(np.abs(mean - target[::-1, :, ::-1]) > 50 * error)
+
+
+def hidden_gamma_and_ggn(loss, y, activation, positions=(), mask=None, **arguments):
+    """Gamma of a layer whose rows all differ, by training, and the explicit matrix."""
+    keras.utils.set_random_seed(2)
+    shape = (*positions, 4)
+    inputs = np.random.default_rng(0).normal(size=(5, *shape))
+    if mask is not None:
+        inputs[~mask] = 7.0
+    stack = [
+        keras.Input(shape),
+        *([] if mask is None else [keras.layers.Masking(7.0)]),
+        keras_kfc.layers.Dense(4, use_bias=False, name="hidden"),
+        keras.layers.Activation("tanh"),
+        keras.layers.Dense(3, activation=activation),
+    ]
+    model = keras.Sequential(stack)
+    model.get_layer("hidden").set_weights([np.eye(4)])
+    optimizer = keras_kfc.KFC(fisher="exact", factor_update_period=1)
+    model.compile(optimizer=optimizer, loss=loss)
+    point = tf.Variable(inputs)
+    kernel, bias = map(tf.constant, model.layers[-1].get_weights())
+    weights = arguments.get("sample_weight")
+    if "class_weight" in arguments:
+        weights = np.array([arguments["class_weight"][label] for label in y])
+
+    def loss_of_logits(logits):
+        outputs = keras.activations.get(activation)(logits)
+        if mask is not None:
+            outputs._keras_mask = tf.constant(mask)
+        return model.compute_loss(y=y, y_pred=outputs, sample_weight=weights)
+
+    whole = explicit_ggn(
+        lambda _: tf.tanh(point) @ kernel + bias, None, [point], loss_of_logits
+    ).reshape(-1, 4, inputs.size // 4, 4)
+    blocks = np.stack([whole[row, :, row] for row in range(len(whole))])
+    model.fit(inputs, y, batch_size=5, shuffle=False, verbose=0, **arguments)
+    (gamma,) = optimizer.blocks[0].gamma.numpy()
+    count = int(np.prod(positions)) if positions else 1
+    return gamma, blocks.sum(0) / count
+
+
+POSITION_LABELS = np.random.default_rng(1).integers(0, 3, size=(5, 4))
+MASK = np.array([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]], bool)
+TRAINED = {
+    "sample weights": ("mse", REAL, None, {"sample_weight": WEIGHTS}),
+    "class weights": (
+        "sparse_categorical_crossentropy",
+        LABELS,
+        "softmax",
+        {"class_weight": {0: 0.3, 1: 5.0, 2: 1.0}},
+    ),
+    "own function": (own_squared, REAL, None, {"sample_weight": WEIGHTS}),
+    "mask": (
+        losses.MeanSquaredError(),
+        np.random.default_rng(4).normal(size=(5, 4, 3)),
+        None,
+        {"positions": (4,), "mask": MASK},
+    ),
+    "mask and weights": (
+        "sparse_categorical_crossentropy",
+        POSITION_LABELS,
+        "softmax",
+        {
+            "positions": (4,),
+            "mask": MASK,
+            "sample_weight": WEIGHTS[:, None] * np.array([1.0, 2.0, 0.5, 3.0]),
+        },
+    ),
+    "own function of positions": (
+        own_joint,
+        np.eye(3)[POSITION_LABELS],
+        None,
+        {"positions": (4,), "mask": MASK},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_training_gives_each_row_its_own_weight(case):
+    loss, y, activation, options = TRAINED[case]
+    gamma, expected = hidden_gamma_and_ggn(loss, y, activation, **options)
+    assert relative_error(gamma, expected) < 1e-6
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("kind", [losses.CategoricalFocalCrossentropy, losses.Dice])
+def test_outputs_of_an_element_on_any_axis(kind, axis):
+    """Square, so that the shape alone does not tell which axis belongs to an element."""
+    rng = np.random.default_rng(0)
+    outputs, y = rng.uniform(0.1, 1, size=(2, 3, 3)), np.eye(3)[rng.integers(0, 3, size=(2, 3))]
+    results = []
+    for where in (axis, -1):
+        o, t = (np.moveaxis(part, -1, where) for part in (outputs, y))
+        part = family_of(LossTerm(kind(axis=where), tf.constant(t), tf.constant(o))).part
+        columns = [part.column(tf.constant(k))[0].numpy() for k in range(9)]
+        results.append(np.stack([np.moveaxis(column, where, -1) for column in columns]))
+    for columns in results:
+        assert np.abs(columns).max() > 0
+    np.testing.assert_allclose(*(np.einsum("kbti,kbtj->btij", c, c) for c in results), rtol=1e-6)
