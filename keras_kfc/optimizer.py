@@ -196,7 +196,7 @@ class KFC(FactorUpdates):
         scale_free=True,
         factor_samples=None,
         max_factor_dim=2048,
-        fallback_lr_ratio=0.1,
+        fallback_lr_ratio=0.2,
         seed=None,
         weight_decay=0.02,
         clipnorm=None,

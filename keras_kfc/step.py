@@ -10,7 +10,6 @@ from keras_kfc.progress import Progress
 from keras_kfc.replicas import count_replicas, in_cross_replica_context, sum_over_replicas
 from keras_kfc.resume import ResumableOptimizer
 from keras_kfc.settable import Settable
-from keras_kfc.tune import TUNE
 from keras_kfc.telemetry import StepTelemetry
 
 
@@ -94,9 +93,6 @@ class PreconditionedStep(ResumableOptimizer):
         def update():
             rates = self._rates(learning_rate, quadratic, promise, directions) if directions else {}
             fallback_rate = self.fallback_lr_ratio * learning_rate
-            if directions and self.polyak is not None and TUNE.get("follow"):
-                k, low = TUNE["follow"]
-                fallback_rate *= tf.clip_by_value(k * self.step_size.used, low, 1.0)
             noise = self._noise(promise)
             corrections = bias_corrections(self.iterations + 1)
             changes = []
@@ -202,7 +198,7 @@ class PreconditionedStep(ResumableOptimizer):
                 self.momentum,
                 tf.cast(self.polyak, tf.float32),
                 promise,
-                squared,
+                tf.stack(squared),
             )
         if self.kl_clip is not None:
             # Before any loss has been seen the unit is 1.
