@@ -165,6 +165,8 @@ class FactorUpdates(PreconditionedStep):
             return
         # What was seen of another train step says nothing about this one.
         self.progress.forget()
+        if not self._preconditioner.blocks_in(capture):
+            return
         if self.fisher != "empirical" and not self._noticed:
             self._noticed = True
             _logger.warning(

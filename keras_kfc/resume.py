@@ -17,6 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import default_variable_creator_v2
 
 from keras_kfc.replicas import count_replicas
 
@@ -69,7 +70,8 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
     _stored: StoredState | None
     # Indices of kernels that the fallback rule trains for want of statistics.
     _left_out: frozenset[int]
-    _second_moments: Any
+    _momentums: tuple[Any, ...]
+    _second_moments: tuple[Any, ...]
     # Identities of the variables that were there before `build`.
     _before_build: frozenset[int]
 
@@ -158,14 +160,18 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         """
         leaving = [block for block in self.blocks if block.kernel in kernels]
         theirs = {id(variable) for block in leaving for variable in block.variables}
-        changed = {index for block in leaving for index in (block.kernel, block.bias)}
+        changed = {i for block in leaving for i in (block.kernel, block.bias) if i is not None}
+        # Momentum is another thing to the fallback rule.
+        theirs |= {id(self._momentums[i]) for i in changed}
         attributes = {name: self.__dict__[name] for name in _KEPT}
-        with tf.init_scope():
+        # Functions that are being traced refuse variables that they do not know of.
+        with tf.init_scope(), tf.variable_creator_scope(_plain_variable):
             values = [v.numpy() for v in self.variables if id(v) not in theirs]
             self._left_out |= kernels
             self.rebuild(self._trainable_variables)
             self.__dict__.update(attributes)
-            new = {id(self._second_moments[i]) for i in changed if i is not None}
+            moments = (self._momentums, self._second_moments)
+            new = {id(variables[i]) for variables in moments for i in changed}
             for variable, value in zip(
                 [v for v in self.variables if id(v) not in new], values, strict=True
             ):
@@ -271,6 +277,10 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             f"Skipping variable loading for optimizer '{self.name}', because {reason}.",
             stacklevel=4,
         )
+
+
+def _plain_variable(next_creator: Any, **arguments: Any) -> tf.Variable:
+    return default_variable_creator_v2(**arguments)
 
 
 def _role(variable: keras.Variable) -> str:
