@@ -125,6 +125,8 @@ class FactorUpdates(PreconditionedStep):
             leave_out_what_has_no_statistics(self, capture, grads, trainable_variables, built_now)
         if capture is not None and self.built:
             self._use_pending(capture)
+            if built_now:
+                self._preconditioner.forget_captured()
         self._tell_what_falls_back(None if capture is None else capture.model)
         super().apply(grads, trainable_variables)
 

@@ -44,6 +44,9 @@ def leave_out_what_has_no_statistics(
     """
     if not optimizer.blocks:
         return
+    if built_now and not tf.executing_eagerly():
+        # Its variables hold nothing yet. TensorFlow traces the step once more before it runs.
+        return
     records = {} if capture is None else capture.records
     kernels = {
         id(optimizer._trainable_variables[block.kernel]): block for block in optimizer.blocks

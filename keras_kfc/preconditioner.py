@@ -79,6 +79,10 @@ class Preconditioner:
         """Whether there is a block for a kernel variable."""
         return id(kernel) in self._block_of_kernel
 
+    def forget_captured(self) -> None:
+        """Back to no captures: the trace that built the optimizer is followed by another."""
+        self._captured = set()
+
     @property
     def captured(self) -> frozenset[int]:
         """Indices of the kernels whose statistics have been taken, in a graph perhaps."""
