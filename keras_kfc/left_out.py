@@ -44,8 +44,8 @@ def leave_out_what_has_no_statistics(
     """
     if not optimizer.blocks:
         return
-    if built_now and not tf.executing_eagerly():
-        # Its variables hold nothing yet. TensorFlow traces the step once more before it runs.
+    if not tf.executing_eagerly() and not _is_initialized(optimizer.blocks[0]):
+        # Built in this trace. TensorFlow traces the step once more before it runs.
         return
     records = {} if capture is None else capture.records
     kernels = {
@@ -104,6 +104,17 @@ def _leave_out(optimizer: Any, kernels: set[int], reason: str) -> None:
             paths,
             reason,
         )
+
+
+def _is_initialized(block: Any) -> bool:
+    """Whether a block's variables hold anything: those made in a trace do after it."""
+    with tf.init_scope():
+        return all(bool(copy.is_initialized()) for copy in _copies(block.weight))
+
+
+def _copies(variable: Any) -> Sequence[tf.Variable]:
+    strategy = tf.distribute.get_strategy()
+    return strategy.experimental_local_results(variable.value)
 
 
 def _can_leave_out(optimizer: Any, blocks: Sequence[Any]) -> bool:
