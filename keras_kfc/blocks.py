@@ -63,6 +63,12 @@ class KroneckerBlock:
         self.weight = add("weight")
         self.inverted = add("inverted")
 
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All variables of the block."""
+        factors = [self.omega, self.gamma, self.omega_inverse, self.gamma_inverse]
+        return [*factors, self.weight, self.inverted]
+
     def accumulate(
         self,
         omega: tf.Tensor,

@@ -12,15 +12,50 @@ State is thread-local, because the replicas of a `tf.distribute` strategy trace
 as interleaved threads.
 """
 
+import contextlib
 import dataclasses
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.masking import get_keras_mask
+from tensorflow.python.eager import record as tape_record
 
-from keras_kfc.factors import Geometry
+from keras_kfc.factors import DenseGeometry, Geometry
+from keras_kfc.probes import with_probe
+
+
+@dataclasses.dataclass(eq=False)
+class Use:
+    """One use of one layer in a forward pass, and what its backward passes tell of it.
+
+    Args:
+        kernel: The layer's kernel variable.
+        inputs: The layer's input `a`.
+        pre_activation: Its pre-activation `s`.
+        mask: Keras's mask of the input, booleans for its first axes, or None.
+        derivative: What ordinary backward passes sent to `s`, their sum, or None if there was
+            none. Only those count that differentiate with regard to the kernel: a generator's
+            loss reaches a discriminator's layers, too, but its gradient is not theirs.
+        differentiated_again: Whether a gradient of the kernel goes through a derivative of `s`,
+            as that of a differential equation or of a gradient penalty does.
+    """
+
+    kernel: keras.Variable
+    inputs: tf.Tensor
+    pre_activation: tf.Tensor
+    mask: tf.Tensor | None = None
+    derivative: tf.Tensor | None = None
+    differentiated_again: bool = False
+
+    def dense_inputs(self) -> tf.Tensor:
+        """The input as a dense floating-point tensor; to be called where it is needed."""
+        inputs = self.inputs
+        dense = tf.sparse.to_dense(inputs) if isinstance(inputs, tf.SparseTensor) else inputs
+        return dense if dense.dtype.is_floating else tf.cast(dense, self.pre_activation.dtype)
 
 
 @dataclasses.dataclass
@@ -32,25 +67,18 @@ class LayerRecord:
         kernel: The layer's kernel variable.
         geometry: How its tensors map to Kronecker factors.
         has_bias: Whether the layer has a bias.
+        uses: Its uses, in their order.
     """
 
     path: str
     kernel: keras.Variable
     geometry: Geometry
     has_bias: bool
-    inputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
-    pre_activations: list[tf.Tensor] = dataclasses.field(default_factory=list)
-    ordinary_derivatives: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    uses: list[Use] = dataclasses.field(default_factory=list)
 
-    def dense_inputs(self) -> list[tf.Tensor]:
-        """The inputs as dense floating-point tensors; to be called where they are needed."""
-        dense = [
-            tf.sparse.to_dense(a) if isinstance(a, tf.SparseTensor) else a for a in self.inputs
-        ]
-        return [
-            a if a.dtype.is_floating else tf.cast(a, s.dtype)
-            for a, s in zip(dense, self.pre_activations, strict=True)
-        ]
+    def differentiated_uses(self) -> list[Use]:
+        """The uses that the ordinary backward pass has reached."""
+        return [use for use in self.uses if use.derivative is not None]
 
 
 @dataclasses.dataclass
@@ -108,12 +136,18 @@ class Capture:
         self._graph = _current_graph()
         self._tape.__enter__()
         self.is_open = True
+        _opened.recording.append(weakref.ref(self))
 
     def close(self) -> None:
         """Stops recording; what was recorded stays."""
         if self.is_open:
             self._tape.__exit__(None, None, None)
             self.is_open = False
+            _opened.recording = [other for other in _opened.recording if other() is not self]
+
+    def has_derivatives(self) -> bool:
+        """Whether an ordinary backward pass has reached anything that was recorded."""
+        return any(record.differentiated_uses() for record in self.records.values())
 
     def was_opened_here(self) -> bool:
         """Whether the capture was opened in the graph that is being built now, or eagerly."""
@@ -124,13 +158,16 @@ class Capture:
         """Paths of the layers recorded so far, in the order of their first use."""
         return [record.path for record in self.records.values()]
 
-    def record(self, layer: Any, inputs: tf.Tensor, pre_activation: tf.Tensor) -> None:
+    def record(self, layer: Any, inputs: tf.Tensor, pre_activation: tf.Tensor) -> tf.Tensor:
         """Takes one use of a layer.
 
         Args:
             layer: The instrumented layer.
             inputs: Its input `a`.
             pre_activation: Its pre-activation `s`.
+
+        Returns:
+            The pre-activation to go on with, which tells the use of its derivatives.
 
         Raises:
             ValueError: If the layer runs inside a graph of its own (a loop, a
@@ -139,10 +176,14 @@ class Capture:
         """
         if _current_graph() is not self._graph:
             raise _out_of_reach([layer.path])
-        self._tape.watch(pre_activation)
-        record_ = self._record_of(layer)
-        record_.inputs.append(inputs)
-        record_.pre_activations.append(pre_activation)
+        record = self._record_of(layer)
+        # A convolution's positions are not those of its input: Keras drops the mask there.
+        mask = _mask_of(inputs) if isinstance(record.geometry, DenseGeometry) else None
+        use = Use(record.kernel, inputs, pre_activation, mask)
+        use.pre_activation = with_probe(use)
+        self._tape.watch(use.pre_activation)
+        record.uses.append(use)
+        return use.pre_activation
 
     def check_reachable(self) -> None:
         """Makes sure that what was recorded can be used in the graph being built now.
@@ -156,13 +197,9 @@ class Capture:
         if graph is not self._graph:
             raise _out_of_reach(self.paths)
 
-    def record_derivative(self, layer: Any, derivative: tf.Tensor) -> None:
-        """Takes what the ordinary backward pass sends to a pre-activation."""
-        self._record_of(layer).ordinary_derivatives.append(derivative)
-
     def differentiate(
         self, sources: Sequence[tf.Tensor], derivatives: Sequence[tf.Tensor]
-    ) -> dict[int, list[tf.Tensor]]:
+    ) -> dict[int, list[tf.Tensor | None]]:
         """Runs one backward pass from the outputs to all pre-activations.
 
         Args:
@@ -170,22 +207,18 @@ class Capture:
             derivatives: A tensor for each of them to start from.
 
         Returns:
-            For each key of `records`, derivatives with respect to its
-            pre-activations, zeros where an output does not depend on them.
+            For each key of `records`, derivatives with respect to the
+            pre-activations of its uses, None where no output depends on one.
         """
-        flat = [s for record in self.records.values() for s in record.pre_activations]
+        flat = [use.pre_activation for record in self.records.values() for use in record.uses]
         gradients = iter(
             self._tape.gradient(
                 list(sources),
                 flat,
                 output_gradients=list(derivatives),
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
         )
-        return {
-            key: [next(gradients) for _ in record.pre_activations]
-            for key, record in self.records.items()
-        }
+        return {key: [next(gradients) for _ in record.uses] for key, record in self.records.items()}
 
     def _record_of(self, layer: Any) -> LayerRecord:
         kernel = layer.kronecker_kernel
@@ -201,12 +234,43 @@ def innermost_capture() -> Capture | None:
     return _opened.captures[-1] if _opened.captures else None
 
 
+def close_captures_of_models() -> None:
+    """Closes all captures of this thread but those that somebody opened as context managers."""
+    for capture in _recording():
+        if capture not in _opened.captures:
+            capture.close()
+
+
+def is_differentiated() -> bool:
+    """Whether a tape records what happens now, other than those of captures."""
+    with contextlib.ExitStack() as stack:
+        for capture in _recording():
+            stack.enter_context(capture._tape.stop_recording())
+        return tape_record.could_possibly_record()
+
+
 class _Opened(threading.local):
     def __init__(self) -> None:
+        # Opened as context managers, innermost last.
         self.captures: list[Capture] = []
+        self.recording: list[weakref.ref[Capture]] = []
+
+
+def _recording() -> list[Capture]:
+    return [capture for reference in _opened.recording if (capture := reference()) is not None]
 
 
 _opened = _Opened()
+
+
+def _mask_of(inputs: tf.Tensor) -> tf.Tensor | None:
+    """Keras's mask of a layer's input, if it tells which positions count."""
+    mask = get_keras_mask(inputs)
+    if mask is None or mask.shape.rank is None or inputs.shape.rank is None:
+        return None
+    positions = inputs.shape[: mask.shape.rank]
+    fits = mask.shape.rank < inputs.shape.rank and positions.is_compatible_with(mask.shape)
+    return tf.cast(mask, tf.bool) if fits else None
 
 
 def _out_of_reach(paths: list[str]) -> ValueError:

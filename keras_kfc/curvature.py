@@ -144,12 +144,15 @@ def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
             for key, record in capture.records.items()
         }
         everything = ExampleSample(size)
-        omegas = batch_omegas(capture, everything, partitions)
         gammas = batch_gammas(capture, derivatives, everything, partitions)
+        uses = {key: factor.uses for key, factor in gammas.items()}
+        omegas = batch_omegas(uses, everything, partitions)
         sums: dict[str, list[tf.Tensor]] = {}
         for key, record in capture.records.items():
             path = unused_name(record.path, sums)
-            sums[path] = [tf.cast(size, part.dtype) * part for part in (omegas[key], gammas[key])]
+            sums[path] = [
+                tf.cast(size, part.dtype) * part for part in (omegas[key], gammas[key].gamma)
+            ]
         return sums
 
     if not getattr(model, "run_eagerly", False):

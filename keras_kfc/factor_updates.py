@@ -9,6 +9,7 @@ from keras_kfc.attainable import attainable_loss
 from keras_kfc.capture import Capture
 from keras_kfc.derivatives import output_derivatives
 from keras_kfc.layers import INSTRUMENTED, layers_in, told_to_fall_back
+from keras_kfc.left_out import leave_out_what_has_no_statistics
 from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.pending import PendingCaptures, kronecker_optimizer, take_pending
 from keras_kfc.replicas import count_replicas, replica_number, sum_over_replicas
@@ -26,6 +27,8 @@ class FactorUpdates(PreconditionedStep):
 
     _noticed: bool
     _told: bool
+    # Indices of kernels that a log line has told of, though their blocks could not go.
+    _told_of: frozenset[int]
     pending_captures: PendingCaptures
 
     def update_factors(
@@ -133,14 +136,19 @@ class FactorUpdates(PreconditionedStep):
             trainable_variables: The variables they belong to; optional once
                 the optimizer is built.
         """
-        self._built_now = not self.built
+        built_now = not self.built
         if not self.built and trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
         capture = take_pending(self)
+        if self.built:
+            grads = list(grads)
+            leave_out_what_has_no_statistics(self, capture, grads, trainable_variables, built_now)
         if capture is not None and self.built:
             self._use_pending(capture)
+            if built_now:
+                self._preconditioner.forget_captured()
         self._tell_what_falls_back(None if capture is None else capture.model)
         super().apply(grads, trainable_variables)
 
@@ -149,7 +157,7 @@ class FactorUpdates(PreconditionedStep):
         if self._told or not self.built:
             return
         self._told = True
-        if not self.blocks:
+        if not self.blocks and not self._left_out:
             _logger.warning(
                 "KFC found no layer with a Kronecker block: its fallback rule, an Adam, trains "
                 "everything. Call `keras_kfc.instrument(model)` before training, or build the "
@@ -181,6 +189,8 @@ class FactorUpdates(PreconditionedStep):
             return
         # What was seen of another train step says nothing about this one.
         self.progress.forget()
+        if not self._preconditioner.blocks_in(capture):
+            return
         if self.fisher != "empirical" and not self._noticed:
             self._noticed = True
             _logger.warning(
@@ -190,10 +200,10 @@ class FactorUpdates(PreconditionedStep):
                 "step call the whole model and `compute_loss`, or use `keras_kfc.Capture` in it.",
                 type(capture.model).__name__,
             )
-        records = [r for r in capture.records.values() if r.ordinary_derivatives]
-        if not records:
+        uses = [use for r in capture.records.values() for use in r.differentiated_uses()]
+        if not uses:
             return
-        batch_size = tf.shape(records[0].inputs[0])[0]
+        batch_size = tf.shape(uses[0].inputs)[0]
         scale = tf.cast(batch_size, tf.float32) / self._total_loss_scale(capture)
         self._accumulate(
             capture,
@@ -205,7 +215,7 @@ class FactorUpdates(PreconditionedStep):
         """What the loss was multiplied by before the ordinary backward pass."""
         scale = 1.0 if self.loss_scale_factor is None else float(self.loss_scale_factor)
         outer = getattr(capture.model, "optimizer", None)
-        half = any(r.pre_activations[0].dtype == tf.float16 for r in capture.records.values())
+        half = any(r.uses[0].pre_activation.dtype == tf.float16 for r in capture.records.values())
         if outer is None and half:
             raise ValueError(
                 "KFC cannot tell the loss scale of a train step in float16 that calls parts of "

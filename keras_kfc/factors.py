@@ -13,7 +13,8 @@ matrix is `Omega ⊗ Gamma` with
 where `ā` is the patch (for Dense: the input) with a 1 appended for the bias
 and `Ds` the derivative of one example's loss with respect to the layer's
 pre-activations. The uses of a layer that is called several times in one
-forward pass count as further positions. Source: Grosse & Martens (2016),
+forward pass count as further positions; positions that a mask leaves out count
+in no sum and no mean. Source: Grosse & Martens (2016),
 section 3.
 """
 
@@ -178,6 +179,7 @@ def input_factor(
     batch_size: tf.Tensor,
     use_bias: bool,
     parts: int = 1,
+    masks: Sequence[tf.Tensor | None] | None = None,
 ) -> tf.Tensor:
     """Omega of one batch.
 
@@ -188,17 +190,24 @@ def input_factor(
         use_bias: Whether the joint matrix has a row for the bias.
         parts: Number of diagonal blocks of each group's factor; the bias is in
             the first one, and its row is zero in the others.
+        masks: For each input, which positions count, booleans of the shape of its first
+            axes, or None for all.
 
     Returns:
         `(G * parts, n, n)`, float32 (float64 for float64 inputs).
     """
+    masks = masks or [None] * len(inputs)
+    inputs = [_masked(tensor, mask) for tensor, mask in zip(inputs, masks, strict=True)]
     moments = [geometry.input_moments(tensor, parts) for tensor in inputs]
     second_moment = tf.add_n([moment for moment, _ in moments])
     examples = tf.cast(batch_size, second_moment.dtype)
     if use_bias:
         patch_sum = tf.add_n([total for _, total in moments])[..., None]
         patches = tf.add_n(
-            [tf.cast(geometry.count_positions(tensor), second_moment.dtype) for tensor in inputs]
+            [
+                _count(mask, geometry.count_positions(tensor), second_moment.dtype)
+                for tensor, mask in zip(inputs, masks, strict=True)
+            ]
         )
         corner = tf.fill((geometry.groups * parts, 1, 1), patches)
         if parts > 1:
@@ -216,7 +225,10 @@ def input_factor(
 
 
 def output_factor(
-    geometry: Geometry, derivatives: Sequence[tf.Tensor], parts: int = 1
+    geometry: Geometry,
+    derivatives: Sequence[tf.Tensor],
+    parts: int = 1,
+    masks: Sequence[tf.Tensor | None] | None = None,
 ) -> tf.Tensor:
     """Gamma of one batch and one draw of targets.
 
@@ -225,14 +237,44 @@ def output_factor(
         derivatives: `Ds`, derivatives of one example's loss (not of the mean
             over the batch), one tensor for each time the layer was called.
         parts: Number of diagonal blocks of each group's factor.
+        masks: For each derivative, which positions count, booleans of the shape of its first
+            axes, or None for all.
 
     Returns:
-        `(G * parts, m, m)`, float32 (float64 for float64 derivatives).
+        `(G * parts, m, m)`, float32 (float64 for float64 derivatives); zeros if no position
+        counts.
     """
-    rows = [geometry.derivative_rows(tensor) for tensor in derivatives]
-    count = tf.add_n([tf.shape(tensor)[1] for tensor in rows])
+    masks = masks or [None] * len(derivatives)
+    rows = [
+        geometry.derivative_rows(_masked(tensor, mask))
+        for tensor, mask in zip(derivatives, masks, strict=True)
+    ]
     total = tf.add_n([gram(split_columns(tensor, parts)) for tensor in rows])
-    return total / tf.cast(count, total.dtype)
+    count = tf.add_n(
+        [
+            _count(mask, tf.shape(tensor)[1], total.dtype)
+            for tensor, mask in zip(rows, masks, strict=True)
+        ]
+    )
+    return total / (count if masks.count(None) == len(masks) else tf.maximum(count, 1))
+
+
+def _masked(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """A tensor with zeros at the positions that do not count."""
+    if mask is None:
+        return tensor
+    while len(mask.shape) < len(tensor.shape):
+        mask = mask[..., None]
+    return tf.where(mask, tensor, tf.zeros((), tensor.dtype))
+
+
+def _count(mask: tf.Tensor | None, positions: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """How many of a number of positions count, a scalar; a mask's may stand for several each."""
+    positions = tf.cast(positions, dtype)
+    if mask is None:
+        return positions
+    share = tf.math.divide_no_nan(positions, tf.cast(tf.size(mask), dtype))
+    return share * tf.reduce_sum(tf.cast(mask, dtype))
 
 
 def split_columns(rows: tf.Tensor, parts: int) -> tf.Tensor:

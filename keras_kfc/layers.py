@@ -53,25 +53,7 @@ class KroneckerLayer:
         if not tf.is_tensor(pre_activation):
             return pre_activation
         capture = active_capture(self)
-        if capture is None:
-            return pre_activation
-
-        # TensorFlow keeps this function, in a graph for as long as the process lives.
-        capture_reference, layer_reference = weakref.ref(capture), weakref.ref(self)
-
-        @tf.custom_gradient
-        def probe(tensor):
-            def gradient(derivative):
-                receiver, layer = capture_reference(), layer_reference()
-                if receiver is not None and layer is not None:
-                    receiver.record_derivative(layer, derivative)
-                return derivative
-
-            return tf.identity(tensor), gradient
-
-        observed = probe(pre_activation)
-        capture.record(self, inputs, observed)
-        return observed
+        return pre_activation if capture is None else capture.record(self, inputs, pre_activation)
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")

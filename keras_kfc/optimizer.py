@@ -261,7 +261,8 @@ class KFC(FactorUpdates):
         self._noticed = False
         self._told = False
         self.pending_captures = PendingCaptures()
-        self._built_now = False
+        self._left_out = frozenset()
+        self._told_of = frozenset()
         self._stored = None
         self.watched_steps = None
         self._before_build = frozenset()
@@ -285,7 +286,10 @@ class KFC(FactorUpdates):
             return
         self._before_build = frozenset(map(id, self._variables))
         super().build(variables)
-        self._preconditioner = Preconditioner(variables, self.add_variable, self.max_factor_dim)
+        self._left_out |= self._stored_left_out()
+        self._preconditioner = Preconditioner(
+            variables, self.add_variable, self.max_factor_dim, self._left_out
+        )
         for block in self.blocks:
             variables[block.kernel].kronecker_owner = weakref.ref(self)
         self.step_size.build(self.add_variable, max(1, len(self.blocks)))
@@ -298,6 +302,14 @@ class KFC(FactorUpdates):
             for index, variable in enumerate(variables)
         )
         self._take_waiting_state()
+
+    def has_block(self, kernel):
+        """Whether a kernel variable has a Kronecker block, or may get one in `build`.
+
+        Args:
+            kernel: The variable.
+        """
+        return not self.built or self._preconditioner.has_block(kernel)
 
     def memory_usage(self, variables=None):
         """Tells what factors, inverses and momenta take, layer by layer.

@@ -93,13 +93,24 @@ class Partition:
         rows = (columns < self._columns).reshape(self.output_parts, -1)
         return np.tile(rows, (self.geometry.groups, 1))
 
-    def omega(self, inputs: Sequence[tf.Tensor], batch_size: tf.Tensor) -> tf.Tensor:
+    def omega(
+        self,
+        inputs: Sequence[tf.Tensor],
+        batch_size: tf.Tensor,
+        masks: Sequence[tf.Tensor | None] | None = None,
+    ) -> tf.Tensor:
         """Omega of one batch, `(G * P, R, R)`; see `keras_kfc.factors.input_factor`."""
-        return input_factor(self.geometry, inputs, batch_size, self.use_bias, self.input_parts)
+        return input_factor(
+            self.geometry, inputs, batch_size, self.use_bias, self.input_parts, masks
+        )
 
-    def gamma(self, derivatives: Sequence[tf.Tensor]) -> tf.Tensor:
+    def gamma(
+        self,
+        derivatives: Sequence[tf.Tensor],
+        masks: Sequence[tf.Tensor | None] | None = None,
+    ) -> tf.Tensor:
         """Gamma of one batch, `(G * Q, t, t)`; see `keras_kfc.factors.output_factor`."""
-        return output_factor(self.geometry, derivatives, self.output_parts)
+        return output_factor(self.geometry, derivatives, self.output_parts, masks)
 
     def multiply(self, omega: tf.Tensor, joint: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
         """`omega D gamma` for a joint matrix D, `(G, n, m)`.

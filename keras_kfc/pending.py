@@ -14,12 +14,20 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.common.global_state import get_global_attribute
-from tensorflow.python.eager import record as tape_record
 
-from keras_kfc.capture import Capture, LossEvaluation, innermost_capture
+from keras_kfc.capture import (
+    Capture,
+    LossEvaluation,
+    close_captures_of_models,
+    innermost_capture,
+    is_differentiated,
+)
 from keras_kfc.replicas import replica_number
 
 _logger = logging.getLogger("keras_kfc")
+
+# Forward passes of one eager train step.
+_EAGER_PASSES = 16
 
 
 def active_capture(layer: Any) -> Capture | None:
@@ -41,29 +49,32 @@ def active_capture(layer: Any) -> Capture | None:
         owner = getattr(layer.kronecker_kernel, "kronecker_owner", None)
         optimizer = None if owner is None else owner()
     optimizer = kronecker_optimizer(optimizer)
-    if optimizer is None or not layer.kronecker_kernel.trainable:
-        return None
-    if getattr(context, "training", None) is False:
+    kernel = layer.kronecker_kernel
+    if optimizer is None or not kernel.trainable or not optimizer.has_block(kernel):
         return None
     pending = _pending_of(optimizer)
-    if pending is not None and pending.capture.is_open:
-        same_pass = pending.context is context
-        # Several forward passes before one loss are one pass in a graph. In
-        # eager mode the older one may be a pass that nobody finished, unless
-        # this is another part of the model.
-        new_part = part and id(layer.kronecker_kernel) not in pending.capture.records
-        same_graph = not tf.executing_eagerly() and pending.capture.was_opened_here()
-        if same_pass or new_part or same_graph:
+    finished = None
+    if pending is not None and pending.capture.was_opened_here():
+        if pending.capture.is_open and pending.context is context:
             return pending.capture
-        pending.capture.close()
-    if not tape_record.could_possibly_record():
-        # A forward pass in training mode that nobody differentiates.
+        finished = pending.capture.loss
+    if not is_differentiated():
         return None
+    if pending is not None:
+        if pending.takes(kernel, part):
+            pending.context = context
+            pending.passes += 1
+            return pending.capture
+        # Not where no loss has been computed: a Dropout that nobody told that it trains
+        # leaves word in the context, for the layers behind it, that they do not.
+        if finished is not None and getattr(context, "training", None) is False:
+            return None
+        pending.capture.close()
     watch_loss(model)
     capture = Capture()
     capture.model = model
     capture.open()
-    if pending is not None and pending.capture.loss and pending.capture.was_opened_here():
+    if finished is not None:
         _logger.warning(
             "%s computed its loss more than once before the optimizer's step: the Kronecker "
             "factors come from the last time. To choose, use `keras_kfc.Capture` and "
@@ -80,6 +91,9 @@ def take_pending(optimizer: Any) -> Capture | None:
     Args:
         optimizer: The optimizer with Kronecker factors.
     """
+    # The train step has got to the gradients: forward passes are over, those of models that
+    # other optimizers train, too. Backward passes through them may still follow.
+    close_captures_of_models()
     pending = optimizer.pending_captures.by_replica.pop(replica_number(), None)
     if pending is None:
         return None
@@ -146,6 +160,24 @@ class PendingCaptures:
 class _Pending:
     context: Any
     capture: Capture
+    passes: int = 1
+
+    def takes(self, kernel: Any, part: bool) -> bool:
+        """Whether another forward pass belongs with those that were captured.
+
+        Passes before one loss or step do. In eager mode the older ones may be passes that nobody
+        finished; what is not differentiated does not count, but takes memory.
+
+        Args:
+            kernel: The kernel of the layer that is being called.
+            part: Whether the pass is through a part of the model.
+        """
+        if not (self.capture.is_open and self.capture.was_opened_here()):
+            return False
+        new_part = part and id(kernel) not in self.capture.records
+        if new_part or not tf.executing_eagerly():
+            return True
+        return self.passes < _EAGER_PASSES and not self.capture.has_derivatives()
 
 
 def _pending_of(optimizer: Any) -> _Pending | None:

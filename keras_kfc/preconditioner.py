@@ -1,7 +1,7 @@
 """All Kronecker blocks of one optimizer, as one block-diagonal preconditioner."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import keras
 import tensorflow as tf
@@ -12,7 +12,7 @@ from keras_kfc.layers import blocks_among, layer_of
 from keras_kfc.linalg import invert_blocks
 from keras_kfc.memory import bytes_text
 from keras_kfc.partition import Partition, factor_dtype, partition_of
-from keras_kfc.statistics import ExampleSample, batch_omegas
+from keras_kfc.statistics import ExampleSample, OutputFactor, batch_omegas
 
 _logger = logging.getLogger("keras_kfc")
 
@@ -27,6 +27,7 @@ class Preconditioner:
         add_variable: The optimizer's `add_variable`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks,
             or None.
+        left_out: Indices of kernels that get no block.
 
     Attributes:
         blocks: The blocks, in the order of their kernels.
@@ -37,12 +38,15 @@ class Preconditioner:
         variables: Sequence[keras.Variable],
         add_variable: Callable[..., keras.Variable],
         max_factor_dim: int | None = None,
+        left_out: Container[int] = (),
     ):
         self.blocks: list[KroneckerBlock] = []
         self._block_of_kernel: dict[int, KroneckerBlock] = {}
         self._captured: set[int] = set()
         self._kernels: dict[int, keras.Variable] = {}
         for index, layer, bias in blocks_among(variables):
+            if index in left_out:
+                continue
             variable = variables[index]
             block = KroneckerBlock(
                 layer.path,
@@ -65,13 +69,24 @@ class Preconditioner:
 
     def blocks_in(self, capture: Capture) -> dict[int, KroneckerBlock]:
         """The blocks of the layers in a capture, by record key."""
-        found = {
+        return {
             key: self._block_of_kernel[key]
             for key in capture.records
             if key in self._block_of_kernel
         }
-        self._captured |= {block.kernel for block in found.values()}
-        return found
+
+    def has_block(self, kernel: keras.Variable) -> bool:
+        """Whether there is a block for a kernel variable."""
+        return id(kernel) in self._block_of_kernel
+
+    def forget_captured(self) -> None:
+        """Back to no captures: the trace that built the optimizer is followed by another."""
+        self._captured = set()
+
+    @property
+    def captured(self) -> frozenset[int]:
+        """Indices of the kernels whose statistics have been taken, in a graph perhaps."""
+        return frozenset(self._captured)
 
     def missing_factors(self, blocks: Mapping[int, KroneckerBlock]) -> tf.Tensor:
         """Whether any of the given blocks has no factors yet, a boolean scalar."""
@@ -81,7 +96,7 @@ class Preconditioner:
         self,
         capture: Capture,
         sample: ExampleSample,
-        gammas: Callable[[ExampleSample, Mapping[int, Partition]], Mapping[int, tf.Tensor]],
+        gammas: Callable[[ExampleSample, Mapping[int, Partition]], Mapping[int, OutputFactor]],
         decay: tf.Tensor,
     ) -> tf.Tensor:
         """Moves all factors towards those of one batch.
@@ -97,17 +112,17 @@ class Preconditioner:
             Number of blocks that refused their factors as not finite.
         """
         blocks = self.blocks_in(capture)
+        self._captured |= {block.kernel for block in blocks.values()}
         partitions = {key: block.partition for key, block in blocks.items()}
-        new_gammas = gammas(sample, partitions)
-        omegas = batch_omegas(capture, sample, {key: partitions[key] for key in new_gammas})
+        factors = gammas(sample, partitions)
+        uses = {key: factor.uses for key, factor in factors.items()}
+        omegas = batch_omegas(uses, sample, partitions)
         # A NaN can stop at a rectifier, so that layers above it look sound: where an
         # input of one layer is broken, the batch is.
-        sound = all_finite(
-            [a for record in capture.records.values() for a in record.dense_inputs()]
-        )
+        sound = all_finite([use.dense_inputs() for own in uses.values() for use in own])
         refused = [
-            blocks[key].accumulate(omegas[key], new_gammas[key], sample.size, decay, sound)
-            for key in new_gammas
+            blocks[key].accumulate(omegas[key], factor.gamma, sample.size, decay, sound)
+            for key, factor in factors.items()
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
@@ -141,22 +156,19 @@ class Preconditioner:
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
-    def directions(
-        self, gradients: Mapping[int, tf.Tensor], first: bool = False
-    ) -> dict[int, tf.Tensor]:
+    def directions(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
         """Preconditions gradients.
 
         Args:
             gradients: Gradients by index of their variable.
-            first: Whether the optimizer was built just now, so that parts of a
-                model could not know it in the forward pass.
 
         Returns:
             `omega⁻¹ D gamma⁻¹` for every covered variable with a gradient, by
-            index, in the shape of the variable and the dtype of the block.
+            index, in the shape of the variable and the dtype of the block; the gradient
+            itself where a layer's statistics have never been recorded.
 
         Raises:
-            ValueError: If a layer has a gradient but its statistics were never seen.
+            ValueError: If a layer was stripped of its block.
         """
         directions: dict[int, tf.Tensor] = {}
         for block in self.blocks:
@@ -168,27 +180,18 @@ class Preconditioner:
                     f"Layer {block.path} was stripped or quantised after the optimizer was built. "
                     "Compile the model again with a new optimizer."
                 )
-            if block.kernel not in self._captured and not first:
-                raise ValueError(
-                    f"KFC received a gradient for layer {block.path}, but never saw its inputs "
-                    "and derivatives. Train the model with `fit` or `train_on_batch`; let a "
-                    "train step of its own call the model itself and `compute_loss`; or run the "
-                    "forward pass inside `keras_kfc.Capture()` and call "
-                    "`optimizer.update_factors` before `optimizer.apply_gradients`. A layer that "
-                    "is not called in training can be frozen (`trainable=False`) or left to the "
-                    "fallback rule (`keras_kfc.instrument(model, exclude=[...])`)."
-                )
-            if block.kernel not in self._captured:
-                # Without statistics, a step along the gradient, of the usual size.
-                directions.update((i, tf.cast(gradients[i], block.omega.dtype)) for i in present)
-                continue
             kernel, bias = self._block_gradients(block, gradients)
             joint = block.precondition(block.geometry.to_joint(kernel, bias))
-            kernel, bias = block.geometry.from_joint(joint)
-            if block.kernel in present:
-                directions[block.kernel] = kernel
-            if block.bias is not None and block.bias in present:
-                directions[block.bias] = bias
+            preconditioned = dict(
+                zip((block.kernel, block.bias), block.geometry.from_joint(joint), strict=True)
+            )
+            for index in present:
+                direction = preconditioned[index]
+                if block.kernel not in self._captured:
+                    # Earlier sessions may have recorded statistics, which count.
+                    gradient = tf.cast(gradients[index], direction.dtype)
+                    direction = tf.where(block.inverted > 0, direction, gradient)
+                directions[index] = direction
         return directions
 
     def _block_gradients(self, block, gradients):

@@ -11,12 +11,13 @@ has still to give its blocks.
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import default_variable_creator_v2
 
 from keras_kfc.replicas import count_replicas
 
@@ -35,6 +36,9 @@ _ROLES = (
     "gradient_accumulator",
 )
 
+# What an optimizer knows beside its variables and its configuration.
+_KEPT = ("_noticed", "_told", "_told_of", "pending_captures", "watched_steps")
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredState:
@@ -47,6 +51,7 @@ class StoredState:
             kernel and bias as indices.
         built: Whether the optimizer had been built.
         loaded_at: Iterations of the optimizer that loaded it, at that time.
+        left_out: Indices of kernels without a block for want of statistics.
     """
 
     arrays: Sequence[np.ndarray]
@@ -54,6 +59,7 @@ class StoredState:
     blocks: list[list[Any]]
     built: bool
     loaded_at: int
+    left_out: Sequence[int] = ()
 
 
 class ResumableOptimizer(keras.optimizers.Optimizer):
@@ -62,6 +68,10 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
     blocks: Any
     # State that waits for `build` or `rebuild`.
     _stored: StoredState | None
+    # Indices of kernels that the fallback rule trains for want of statistics.
+    _left_out: frozenset[int]
+    _momentums: tuple[Any, ...]
+    _second_moments: tuple[Any, ...]
     # Identities of the variables that were there before `build`.
     _before_build: frozenset[int]
 
@@ -78,12 +88,18 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         waiting = self._stored if self.has_waiting_state() else None
         if waiting is None:
             super().save_own_variables(store)
-            layout = {"built": self.built, "roles": self._roles(), "blocks": self._block_layout()}
+            layout = {
+                "built": self.built,
+                "roles": self._roles(),
+                "blocks": self._block_layout(),
+                "left_out": sorted(self._left_out),
+            }
         else:
             # Nobody has trained with it: what was loaded is stored again.
             for index, array in enumerate(waiting.arrays):
                 store[str(index)] = array
-            layout = {name: getattr(waiting, name) for name in ("built", "roles", "blocks")}
+            names = ("built", "roles", "blocks", "left_out")
+            layout = {name: getattr(waiting, name) for name in names}
         store[_LAYOUT] = np.frombuffer(json.dumps(layout).encode(), "uint8")
 
     def load_own_variables(self, store) -> None:
@@ -106,7 +122,10 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             **layout,
             loaded_at=int(self._iterations.numpy()),
         )
-        if self.built or not stored.built:
+        if self.built and not self._left_out.issuperset(stored.left_out):
+            self._stored = stored
+            self.rebuild(self._trainable_variables)
+        elif self.built or not stored.built:
             self._take_stored(stored)
         else:
             self._stored = stored
@@ -121,17 +140,47 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             variables: The trainable variables.
         """
         stored = self._stored if self.has_waiting_state() else None
+        left_out = self._left_out
         # A fresh optimizer in the place of this one: TensorFlow saves no object whose
         # tracked lists have lost an element.
         with self._distribution_strategy.scope():
             fresh = type(self).from_config(self.get_config())
             self.__dict__.update(fresh.__dict__)
             self._stored = stored
+            self._left_out = left_out
             self.build(variables)
 
+    def leave_out(self, kernels: Set[int]) -> None:
+        """Lets the fallback rule train layers in place of their blocks; all else stays.
+
+        May be called while a train step is traced, before it uses the optimizer's variables.
+
+        Args:
+            kernels: Indices of the layers' kernels.
+        """
+        leaving = [block for block in self.blocks if block.kernel in kernels]
+        theirs = {id(variable) for block in leaving for variable in block.variables}
+        changed = {i for block in leaving for i in (block.kernel, block.bias) if i is not None}
+        # Momentum is another thing to the fallback rule.
+        theirs |= {id(self._momentums[i]) for i in changed}
+        attributes = {name: self.__dict__[name] for name in _KEPT}
+        # Functions that are being traced refuse variables that they do not know of.
+        with tf.init_scope(), tf.variable_creator_scope(_plain_variable):
+            values = [v.numpy() for v in self.variables if id(v) not in theirs]
+            self._left_out |= kernels
+            self.rebuild(self._trainable_variables)
+            self.__dict__.update(attributes)
+            moments = (self._momentums, self._second_moments)
+            new = {id(variables[i]) for variables in moments for i in changed}
+            for variable, value in zip(
+                [v for v in self.variables if id(v) not in new], values, strict=True
+            ):
+                variable.assign(value)
+
     def kernels_with_blocks(self) -> set[int]:
-        """Identities of the kernels that have a Kronecker block."""
-        return {id(self._trainable_variables[block.kernel]) for block in self.blocks}
+        """Identities of the kernels that have a Kronecker block, or had one once."""
+        kernels = {block.kernel for block in self.blocks} | self._left_out
+        return {id(self._trainable_variables[kernel]) for kernel in kernels}
 
     def has_waiting_state(self) -> bool:
         """Whether state was loaded that waits for the layers it belongs to.
@@ -140,6 +189,10 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         """
         stored = self._stored
         return stored is not None and stored.loaded_at == int(self._iterations.numpy())
+
+    def _stored_left_out(self) -> frozenset[int]:
+        """What `left_out` of the state that waits for `build` says."""
+        return frozenset() if self._stored is None else frozenset(self._stored.left_out)
 
     def _take_waiting_state(self) -> None:
         """Takes over, after `build`, what was loaded before it."""
@@ -224,6 +277,10 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             f"Skipping variable loading for optimizer '{self.name}', because {reason}.",
             stacklevel=4,
         )
+
+
+def _plain_variable(next_creator: Any, **arguments: Any) -> tf.Variable:
+    return default_variable_creator_v2(**arguments)
 
 
 def _role(variable: keras.Variable) -> str:

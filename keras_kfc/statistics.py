@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfc.capture import Capture
+from keras_kfc.capture import Capture, Use
 from keras_kfc.derivatives import OutputDerivatives
 from keras_kfc.partition import Partition
 
@@ -85,24 +85,38 @@ def draw_examples(batch_size: tf.Tensor, count: int | None, seed: tf.Tensor) -> 
     return ExampleSample(batch_size, count, start)
 
 
+@dataclasses.dataclass(frozen=True)
+class OutputFactor:
+    """The output factor of one layer in one batch.
+
+    Args:
+        gamma: The factor.
+        uses: The layer's uses that it comes from, and that the input factor has to come from.
+    """
+
+    gamma: tf.Tensor
+    uses: Sequence[Use]
+
+
 def batch_omegas(
-    capture: Capture, sample: ExampleSample, partitions: Mapping[int, Partition]
+    uses: Mapping[int, Sequence[Use]], sample: ExampleSample, partitions: Mapping[int, Partition]
 ) -> dict[int, tf.Tensor]:
     """Input factors of one batch.
 
     Args:
-        capture: The captured forward pass.
+        uses: For each record key that is wanted, the layer's uses.
         sample: The examples to use.
-        partitions: For each record key that is wanted, the layout of the factors.
+        partitions: For each of these keys, the layout of the factors.
 
     Returns:
         `{key: omega}`.
     """
-    return {
-        key: partitions[key].omega(*sample.take(record.dense_inputs()))
-        for key, record in capture.records.items()
-        if key in partitions
-    }
+
+    def omega(partition: Partition, uses: Sequence[Use]) -> tf.Tensor:
+        inputs, size = sample.take([use.dense_inputs() for use in uses])
+        return partition.omega(inputs, size, _masks(uses, sample))
+
+    return {key: omega(partitions[key], own) for key, own in uses.items()}
 
 
 def batch_gammas(
@@ -110,8 +124,11 @@ def batch_gammas(
     outputs: OutputDerivatives,
     sample: ExampleSample,
     partitions: Mapping[int, Partition],
-) -> dict[int, tf.Tensor]:
+) -> dict[int, OutputFactor]:
     """Output factors of one batch, from one or more backward passes.
+
+    Uses that the outputs do not depend on are left out, such as those of a forward pass for
+    something else, unless a layer has no others.
 
     Args:
         capture: The captured forward pass.
@@ -120,13 +137,21 @@ def batch_gammas(
         partitions: For each record key that is wanted, the layout of the factors.
 
     Returns:
-        `{key: gamma}`.
+        `{key: factor}`.
     """
     keys = [key for key in capture.records if key in partitions]
+    uses: dict[int, Sequence[Use]] = {}
 
     def one_pass(index):
         derivatives = capture.differentiate(outputs.sources, outputs.derivatives(index))
-        return [partitions[key].gamma(sample.take(derivatives[key])[0]) for key in keys]
+        gammas = []
+        for key in keys:
+            pairs = list(zip(capture.records[key].uses, derivatives[key], strict=True))
+            reached = [(use, d) for use, d in pairs if d is not None]
+            reached = reached or [(use, tf.zeros_like(use.pre_activation)) for use, _ in pairs]
+            uses[key] = [use for use, _ in reached]
+            gammas.append(_gamma(partitions[key], [d for _, d in reached], uses[key], sample))
+        return gammas
 
     gammas = one_pass(0)
     if not isinstance(outputs.count, int):
@@ -140,7 +165,7 @@ def batch_gammas(
             # Passes share the forward tensors: running them side by side only adds memory.
             parallel_iterations=1,
         )
-    return dict(zip(keys, gammas, strict=True))
+    return {key: OutputFactor(gamma, uses[key]) for key, gamma in zip(keys, gammas, strict=True)}
 
 
 def ordinary_gammas(
@@ -148,7 +173,7 @@ def ordinary_gammas(
     scale: tf.Tensor,
     sample: ExampleSample,
     partitions: Mapping[int, Partition],
-) -> dict[int, tf.Tensor]:
+) -> dict[int, OutputFactor]:
     """Output factors from the ordinary backward pass (empirical Fisher).
 
     Args:
@@ -159,14 +184,23 @@ def ordinary_gammas(
         partitions: For each record key that is wanted, the layout of the factors.
 
     Returns:
-        `{key: gamma}`, for layers that the backward pass reached.
+        `{key: factor}`, for layers that the backward pass reached, from the uses that it
+        reached.
     """
+    factors = {}
+    for key, record in capture.records.items():
+        uses = record.differentiated_uses()
+        if key in partitions and uses:
+            gamma = _gamma(partitions[key], [use.derivative for use in uses], uses, sample)
+            factors[key] = OutputFactor(tf.cast(scale, gamma.dtype) ** 2 * gamma, uses)
+    return factors
 
-    def unscaled(gamma: tf.Tensor) -> tf.Tensor:
-        return tf.cast(scale, gamma.dtype) ** 2 * gamma
 
-    return {
-        key: unscaled(partitions[key].gamma(sample.take(record.ordinary_derivatives)[0]))
-        for key, record in capture.records.items()
-        if key in partitions and record.ordinary_derivatives
-    }
+def _gamma(partition, derivatives, uses, sample):
+    return partition.gamma(sample.take(derivatives)[0], _masks(uses, sample))
+
+
+def _masks(uses: Sequence[Use], sample: ExampleSample) -> list[tf.Tensor | None]:
+    """The sample's share of each use's mask."""
+    masks = [use.mask for use in uses]
+    return [None if mask is None else sample.take([mask])[0][0] for mask in masks]

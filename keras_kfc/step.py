@@ -23,7 +23,6 @@ class PreconditionedStep(ResumableOptimizer):
 
     _preconditioner: Preconditioner
     progress: Progress
-    _built_now: bool
     # Sums over steps, where somebody watches; see `keras_kfc.callbacks.CurvatureMonitor`.
     watched_steps: StepTelemetry | None
 
@@ -72,15 +71,13 @@ class PreconditionedStep(ResumableOptimizer):
 
         gradients = by_index(clipped)
         in_cross_replica_context(self._refresh_inverses)
-        directions = self._preconditioner.directions(gradients, first=self._built_now)
+        directions = self._preconditioner.directions(gradients)
         quadratic = promise = _inner_product(gradients, directions)
         whole = gradients if clipped is grads else by_index(grads)
         if clipped is not grads and self.polyak is not None and directions:
             # Clipping makes a step shorter. The smaller promise of a clipped gradient would
             # make it longer.
-            promise = _inner_product(
-                whole, self._preconditioner.directions(whole, first=self._built_now)
-            )
+            promise = _inner_product(whole, self._preconditioner.directions(whole))
             # Clipping is there for gradients whose squares overflow.
             promise = tf.where(tf.math.is_finite(promise), promise, quadratic)
         # The fallback rule keeps squares, which may overflow where the gradient does not.

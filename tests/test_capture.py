@@ -172,3 +172,92 @@ def test_the_first_step_of_a_loop_without_capture_moves_along_the_gradient():
     moves, gradients = step()
     assert np.abs(moves[0] + 0.01 * gradients[0].numpy()).max() > 1e-4
     assert float(optimizer.blocks[0].weight) > 0
+
+
+def dense_after_dropout(where):
+    """Two Dense layers with an idle Dropout before one of them, at some depth."""
+    first, second = keras_kfc.layers.Dense(3, "tanh"), keras_kfc.layers.Dense(2)
+    idle = keras.layers.Dropout(0.5)
+    if where == "first":
+        return [keras.Input((4,)), idle, first, second]
+    if where == "between":
+        return [keras.Input((4,)), first, idle, second]
+    inner = keras.Sequential([keras.Input((4,)), first, keras.Sequential([idle, second])])
+    return [keras.Input((4,)), keras.Sequential([idle]), inner]
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize("where", ["first", "between", "nested"])
+@pytest.mark.parametrize("arguments", [{}, {"training": False}], ids=["untold", "inference"])
+def test_a_train_step_that_does_not_say_that_it_trains(where, run_eagerly, arguments, caplog):
+    """Dropout's `training=False` is then passed on to all layers behind it."""
+
+    class Untold(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, **arguments))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    model = Untold(dense_after_dropout(where))
+    model.compile(
+        keras_kfc.KFC(0.0, fisher="exact", factor_update_period=1, factor_decay=0.0),
+        "mse",
+        run_eagerly=run_eagerly,
+    )
+    model.fit(X, Y, batch_size=8, epochs=2, verbose=0)
+    kernel, bias, out_kernel, _ = (w.astype("float64") for w in model.get_weights())
+    hidden = np.tanh(X @ kernel + bias)
+    extended = np.column_stack([hidden, np.ones(8)])
+    first, second = model.optimizer.blocks
+    assert relative_error(first.omega[0], OMEGA) < 1e-5
+    assert relative_error(second.omega[0], extended.T @ extended / 8) < 1e-5
+    # The Gauss-Newton matrix of a mean of squares of two outputs is the identity.
+    assert relative_error(second.gamma[0], np.eye(2)) < 1e-5
+    backs = [np.diag(1 - h**2) @ out_kernel for h in hidden]
+    assert relative_error(first.gamma[0], sum(b @ b.T for b in backs) / 8) < 1e-4
+    assert not [r for r in caplog.records if r.name == "keras_kfc"]
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_what_the_loss_does_not_depend_on_does_not_count(run_eagerly):
+    """A pass for another purpose, inside the tape and before the one that is trained."""
+
+    class Teaching(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            with tf.GradientTape() as tape:
+                tf.stop_gradient(self(100.0 * x, training=True))
+                loss = self.compute_loss(x, y, self(x, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    model = built(Teaching, run_eagerly=run_eagerly)
+    model.train_on_batch(X, Y)
+    assert relative_error(omega_of(model), OMEGA) < 1e-5
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_gradient_for_something_else_does_not_count(eager):
+    """The gradient of another loss with regard to the inputs, of the same forward pass."""
+    model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
+    optimizer = keras_kfc.KFC(0.0, factor_update_period=1, factor_decay=0.0)
+    optimizer.build(model.trainable_variables)
+
+    def step(x):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            outputs = model(x)
+            other = 100.0 * tf.reduce_sum(outputs)
+            loss = tf.reduce_mean(tf.reduce_sum(tf.square(outputs - Y), axis=1))
+        tape.gradient(other, x)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    (step if eager else tf.function(step))(tf.constant(X))
+    kernel, bias = (w.astype("float64") for w in model.get_weights())
+    derivatives = 2 * (X @ kernel + bias - Y)
+    assert relative_error(optimizer.blocks[0].gamma[0], derivatives.T @ derivatives / 8) < 1e-4

@@ -161,11 +161,8 @@ def test_training_arrives_where_float32_does(policy):
     )
 
 
-@pytest.mark.parametrize(
-    ("built", "message"),
-    [(True, "cannot tell the loss scale.*"), (False, "call the model itself.*")],
-)
-def test_parts_of_a_float16_model_say_what_to_do(built, message):
+@pytest.mark.parametrize("built", [True, False])
+def test_parts_of_a_float16_model_say_what_to_do(built):
     """There nobody can tell what the loss was multiplied by."""
 
     class Wrapper(keras.Model):
@@ -191,7 +188,7 @@ def test_parts_of_a_float16_model_say_what_to_do(built, message):
     model.compile(KFC(), "mse")
     if built:
         model.optimizer.build(model.trainable_variables)
-    with pytest.raises(ValueError, match=message + "`keras_kfc.Capture"):
+    with pytest.raises(ValueError, match=r"cannot tell the loss scale.*`keras_kfc\.Capture"):
         model.fit(x, np.ones((8, 2)), verbose=0)
     # A second call of the same, with the whole model, trains.
     model.optimizer = keras.optimizers.LossScaleOptimizer(KFC(), initial_scale=2.0)
