@@ -22,7 +22,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
 
     * `learning_rate` and `damping` at the end of the epoch;
     * `trust_scale`, `gradient_norm` and `update_norm`, means over the epoch's steps: the
-      factor in [0, 1] by which Polyak's rule or a trust region shortened a step, and the
+      part, in [0, 1], of the longest step that is allowed which layers with a block took, and the
       norms over all variables of the gradients (after clipping) and of the changes (with
       momentum and weight decay);
     * `skipped_steps`, `skipped_factor_updates` and `skipped_inverse_updates`, counted from

@@ -14,11 +14,10 @@ from keras_kfc.losses import compile_loss, loss_terms
 from keras_kfc.pending import PendingCaptures, kronecker_optimizer, take_pending
 from keras_kfc.replicas import count_replicas, replica_number, sum_over_replicas
 from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ordinary_gammas
-from keras_kfc.tune import TUNE
 from keras_kfc.step import PreconditionedStep
 
 # Factors remember so many examples at least.
-_FEWEST_EXAMPLES = TUNE.get("factor_examples", 256.0)
+_FEWEST_EXAMPLES = 256.0
 _logger = logging.getLogger("keras_kfc")
 
 
@@ -126,7 +125,9 @@ class FactorUpdates(PreconditionedStep):
         excess, examples = sum_over_replicas(
             [tf.cast(value, tf.float32), tf.cast(examples, tf.float32)]
         )
-        self.progress.observe(excess, known, examples)
+        steps = self.gradient_accumulation_steps
+        complete = None if steps is None else tf.equal((self._iterations + 1) % steps, 0)
+        self.progress.observe(excess, known, examples, complete)
 
     def apply(self, grads, trainable_variables=None):
         """Updates the variables, after taking in a pending forward pass.

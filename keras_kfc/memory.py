@@ -160,7 +160,9 @@ def memory_of(
             size = (2 + copies) * _bytes_of(variable.shape, variable.dtype)
             fallback[path] = fallback.get(path, 0) + size
     entries += [LayerMemory(path, None, None, 0, 0, size) for path, size in fallback.items()]
-    return MemoryUsage(entries, sum(_bytes_of(v.shape, v.dtype) for v in others))
+    # The mean square of each block's step, and the weight of these means.
+    lengths = _bytes_of((len(variables) + 1,), "float32")
+    return MemoryUsage(entries, lengths + sum(_bytes_of(v.shape, v.dtype) for v in others))
 
 
 def _bytes_of(shape: Iterable[int], dtype: Any) -> int:

@@ -292,7 +292,7 @@ class KFC(FactorUpdates):
         )
         for block in self.blocks:
             variables[block.kernel].kronecker_owner = weakref.ref(self)
-        self.step_size.build(self.add_variable, max(1, len(self.blocks)))
+        self.step_size.build(self.add_variable, len(variables))
         covered = self._preconditioner.covered
         self._momentums = tuple(self.add_optimizer_variables(variables, "momentum"))
         self._second_moments = tuple(

@@ -28,10 +28,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_kfc.tune import TUNE
-
 # The average of now forgets within ten steps, or so many examples if that is more.
-_DECAY, _FEWEST_EXAMPLES = 0.9, TUNE.get("loss_examples", 32.0)
+_DECAY, _FEWEST_EXAMPLES = 0.9, 32.0
 # Weights t^(k-1), for k the strength; means of t^-P are t^-P k / (k - P).
 _RECENT, _PAST = 10.0, 2.0
 _ORDINARY_EXPONENT = 1 / 3
@@ -39,9 +37,9 @@ _ORDINARY_EXPONENT = 1 / 3
 _ORDINARY_FALL = _PAST / (_PAST - _ORDINARY_EXPONENT) - _RECENT / (_RECENT - _ORDINARY_EXPONENT)
 _FASTEST = 10.0
 # Steps in which the first fall of the loss says little of what will follow.
-_START = TUNE.get("start", 100.0)
+_START = 100.0
 # Part of the spread of batches' losses that the gap is taken for at least, at the start.
-_PART_OF_SPREAD = TUNE.get("spread", 0.3)
+_PART_OF_SPREAD = 0.3
 
 
 class Progress:
@@ -63,10 +61,16 @@ class Progress:
         self._spread = add_variable((), dtype="float32", name="loss_spread")
         self._recent = add_variable((), dtype="float32", name="recent_excess_loss")
         self._past = add_variable((), dtype="float32", name="past_excess_loss")
+        self._part = add_variable((), dtype="float32", name="partial_loss")
+        self._part_examples = add_variable((), dtype="float32", name="partial_examples")
         self.lowest_known = add_variable((), dtype="int64", name="lowest_loss_known")
 
     def observe(
-        self, excess: tf.Tensor, lowest_known: tf.Tensor, examples: tf.Tensor | float = 1.0
+        self,
+        excess: tf.Tensor,
+        lowest_known: tf.Tensor,
+        examples: tf.Tensor | float = 1.0,
+        complete: tf.Tensor | None = None,
     ) -> None:
         """Takes in the loss of a batch; one that is not finite counts for nothing.
 
@@ -74,10 +78,14 @@ class Progress:
             excess: The loss above its lowest value, or the loss where that is not known, a scalar.
             lowest_known: Whether it is known.
             examples: Number of examples in the batch.
+            complete: Whether the batch is the last of several whose gradients are averaged, and
+                which count as one; None where each is a batch of its own.
         """
         usable = tf.math.is_finite(excess)
         excess = tf.where(usable, excess, 0.0)
         count = tf.where(usable, tf.cast(examples, tf.float32), 0.0)
+        if complete is not None:
+            excess, count = self._joined(excess, count, complete)
         self._seen.assign_add(tf.cast(count > 0, tf.int64))
         examples = self._examples + count
         share = tf.math.divide_no_nan(count, examples)
@@ -98,6 +106,14 @@ class Progress:
         self._examples.assign(examples)
         self.lowest_known.assign(tf.cast(lowest_known, tf.int64))
 
+    def _joined(self, excess, count, complete):
+        """Mean and number of examples of all parts of a batch; 0 examples until it is complete."""
+        together = self._part_examples + count
+        mean = self._part + tf.math.divide_no_nan(count, together) * (excess - self._part)
+        self._part.assign(tf.where(complete, 0.0, mean))
+        self._part_examples.assign(tf.where(complete, 0.0, together))
+        return mean, tf.where(complete, together, 0.0)
+
     def forget(self) -> None:
         """Back to before any loss."""
         for variable in (
@@ -108,6 +124,8 @@ class Progress:
             self._spread,
             self._recent,
             self._past,
+            self._part,
+            self._part_examples,
             self.lowest_known,
         ):
             variable.assign(tf.zeros_like(variable.value))

@@ -12,7 +12,6 @@ from keras_kfc.resume import ResumableOptimizer
 from keras_kfc.settable import Settable
 from keras_kfc.telemetry import StepTelemetry
 
-
 # Weight decay of variables without a block, over that of kernels with one: with the default
 # of 0.02, that of Keras's AdamW.
 _PLAIN_DECAY = 0.2
@@ -88,7 +87,9 @@ class PreconditionedStep(ResumableOptimizer):
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update():
-            rates = self._rates(learning_rate, quadratic, promise, directions) if directions else {}
+            rates, share = {}, tf.ones(())
+            if directions:
+                rates, share = self._rates(learning_rate, quadratic, promise, directions)
             fallback_rate = self.fallback_lr_ratio * learning_rate
             noise = self._noise(promise)
             corrections = bias_corrections(self.iterations + 1)
@@ -115,7 +116,7 @@ class PreconditionedStep(ResumableOptimizer):
                 self.assign_add(variable, change)
                 changes.append(change)
             if self.watched_steps is not None:
-                self.watched_steps.observe(1.0, list(parts.values()), changes)
+                self.watched_steps.observe(share, list(parts.values()), changes)
             return True
 
         def skip():
@@ -175,7 +176,7 @@ class PreconditionedStep(ResumableOptimizer):
         return tf.equal(step % gap, 0)
 
     def _rates(self, learning_rate, quadratic, promise, directions):
-        """What to multiply the direction of each covered variable by, by its index.
+        """What to multiply directions by, by index; and the mean part of the longest step allowed.
 
         Args:
             learning_rate: The learning rate.
@@ -183,19 +184,28 @@ class PreconditionedStep(ResumableOptimizer):
             promise: The same before gradients were clipped.
             directions: Preconditioned gradients by index.
         """
-        blocks = self._preconditioner.blocks
-        members = [[i for i in (block.kernel, block.bias) if i in directions] for block in blocks]
+        members = {
+            block.kernel: [i for i in (block.kernel, block.bias) if i in directions]
+            for block in self._preconditioner.blocks
+        }
+        squares = tf.stack(
+            [
+                _mean_square([directions[i] for i in members.get(index, ())])
+                for index in range(len(self._trainable_variables))
+            ]
+        )
         if self.polyak is None:
-            rates = tf.fill((len(blocks),), learning_rate)
+            longest = rates = tf.fill(tf.shape(squares), learning_rate)
         else:
-            squared = [_mean_square([directions[i] for i in own]) for own in members]
+            bound = learning_rate * (1 - self.momentum)
+            longest = tf.math.divide_no_nan(bound, tf.sqrt(squares))
             rates = self.step_size.rates(
                 self.progress,
                 learning_rate,
                 self.momentum,
                 tf.cast(self.polyak, tf.float32),
                 promise,
-                tf.stack(squared),
+                squares,
             )
         if self.kl_clip is not None:
             # Before any loss has been seen the unit is 1.
@@ -203,7 +213,10 @@ class PreconditionedStep(ResumableOptimizer):
             bound = self.kl_clip * (unit if self.scale_free else 1.0)
             squared = tf.maximum(quadratic, 0.0)
             rates = tf.minimum(rates, tf.sqrt(tf.math.divide_no_nan(bound, squared)))
-        return {i: rate for own, rate in zip(members, tf.unstack(rates), strict=True) for i in own}
+        of_kernels = list(members)
+        share = tf.math.divide_no_nan(tf.gather(rates, of_kernels), tf.gather(longest, of_kernels))
+        by_variable = {i: rates[kernel] for kernel, own in members.items() for i in own}
+        return by_variable, tf.reduce_mean(share)
 
     def _momentum_change(self, index, variable, step_size, direction):
         """Moves the momentum of a variable with a block, and tells the variable's change."""

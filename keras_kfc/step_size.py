@@ -14,22 +14,22 @@ and where the loss is never seen, `α_b` is `_BLIND` times the bound, with an av
 `rms(d_b)` in the place of that of the batch. Why each part is there stands in `docs/method.md`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from keras_kfc.progress import Progress
-from keras_kfc.tune import TUNE
 
-# Of the averages of the ratio and of the lengths of directions.
-_DECAY = 0.95
+# Of the averages of the ratio and of the lengths of directions. At the start they forget faster:
+# a mean of values weighted by their number to the power of _START - 1.
+_DECAY, _START = 0.95, 5.0
 # Part of the bound where the lowest loss is not known, so that the gap is a guess.
-_UNKNOWN = TUNE.get("unknown", 0.33)
+_UNKNOWN = 0.33
 # Part of the bound that a step takes where nothing is known of the loss.
-_BLIND = TUNE.get("blind", 0.2)
+_BLIND = 0.2
 # Steps after which the fall of a loss tells of its gap.
-_FIRST_STEPS = TUNE.get("first", 20)
+_FIRST_STEPS = 20
 
 
 class StepSize:
@@ -44,14 +44,14 @@ class StepSize:
         self._ratio_weight = add_variable((), dtype="float32", name="slope_over_gap_weight")
         self._highest_rate = add_variable((), dtype="float32", name="highest_learning_rate")
 
-    def build(self, add_variable: Callable[..., Any], blocks: int) -> None:
-        """Makes what depends on the number of blocks.
+    def build(self, add_variable: Callable[..., Any], variables: int) -> None:
+        """Makes what there is for each block; a block goes by the index of its kernel.
 
         Args:
             add_variable: Makes a variable of the optimizer.
-            blocks: Number of blocks.
+            variables: Number of trainable variables.
         """
-        self._squares = add_variable((blocks,), dtype="float32", name="squared_length")
+        self._squares = add_variable((variables,), dtype="float32", name="squared_length")
         self._squares_weight = add_variable((), dtype="float32", name="squared_length_weight")
 
     def rates(
@@ -63,7 +63,7 @@ class StepSize:
         slope: tf.Tensor,
         squares: tf.Tensor,
     ) -> tf.Tensor:
-        """Factors of the directions of all blocks, `(blocks,)`; moves what is remembered.
+        """Factors of the directions of all blocks, `(variables,)`; moves what is remembered.
 
         Args:
             progress: The losses seen so far.
@@ -71,7 +71,8 @@ class StepSize:
             momentum: `μ`.
             scale: `c`, a scalar.
             slope: `p`, a scalar.
-            squares: Mean square of each block's direction, `(blocks,)`.
+            squares: Mean square of each block's direction at the index of its kernel and zeros at
+                all others, `(variables,)`.
         """
         self._highest_rate.assign(tf.maximum(self._highest_rate, learning_rate))
         scale *= tf.math.divide_no_nan(learning_rate, self._highest_rate.value)
@@ -89,8 +90,9 @@ class StepSize:
         return tf.where(early | ~progress.seen, blind, within)
 
 
-def _average(average: Any, weight: Any, value: tf.Tensor, usable: tf.Tensor) -> None:
-    """Moves an average, corrected for its start, if a value is usable."""
-    moved = _DECAY * weight + (1 - _DECAY)
-    average.assign_add(tf.where(usable, (1 - _DECAY) / moved, 0.0) * (value - average))
-    weight.assign(tf.where(usable, moved, weight))
+def _average(average: Any, count: Any, value: tf.Tensor, usable: tf.Tensor) -> None:
+    """Moves an average if a value is usable; the first values are soon forgotten."""
+    seen = count + tf.cast(usable, tf.float32)
+    rate = tf.maximum(1 - _DECAY, _START / (seen + _START - 1))
+    average.assign_add(tf.where(usable, rate, 0.0) * (value - average))
+    count.assign(seen)

@@ -14,9 +14,9 @@ _NAMES = ("trust_scale", "gradient_norm", "update_norm")
 class StepTelemetry:
     """Sums over steps, since the last reset, of three numbers for each step.
 
-    They are the factor in [0, 1] by which Polyak's rule or a trust region shortened the step, and
-    the norms over all variables of the gradients (after clipping) and of the
-    changes (with momentum and weight decay). Skipped steps do not count.
+    They are the part, in [0, 1], of the longest step that is allowed which layers with a block
+    took, in the mean over layers, and the norms over all variables of the gradients (after
+    clipping) and of the changes (with momentum and weight decay). Skipped steps do not count.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StepTelemetry:
         """Adds one step.
 
         Args:
-            trust_scale: That factor, a scalar.
+            trust_scale: That part, a scalar.
             gradients: Gradients of all variables.
             changes: Changes of all variables.
         """

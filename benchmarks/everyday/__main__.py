@@ -18,8 +18,9 @@ from benchmarks.harness import OUTPUT, describe_machine
 def main() -> None:
     """Trains what is missing, and prints the table."""
     arguments = _arguments()
+    constants = {name: float(value) for name, value in arguments.constants}
     jobs = [
-        Job(name, batch, steps, arguments.kfc, tuple(arguments.seeds), arguments.output)
+        Job(name, batch, steps, arguments.kfc, tuple(arguments.seeds), arguments.output, constants)
         for name, task in TASKS.items()
         if (not arguments.tasks or name in arguments.tasks)
         and (arguments.part == "all" or task.held_out == (arguments.part == "held-out"))
@@ -37,6 +38,7 @@ def main() -> None:
     content = {
         "machine": describe_machine(),
         "kfc": arguments.kfc,
+        "constants": constants,
         "summary": summary(table),
         "rows": [dataclasses.asdict(row) for row in table],
     }
@@ -51,6 +53,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", default=[], choices=list(TASKS), metavar="TASK")
     parser.add_argument("--part", choices=("all", "tuning", "held-out"), default="all")
     parser.add_argument("--kfc", default="KFC()", help="the call of the optimizer to compare")
+    parser.add_argument(
+        "--constant",
+        dest="constants",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("MODULE.NAME", "VALUE"),
+        help="another value for a constant of keras_kfc, such as step_size._DECAY 0.9",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument(

@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers, ops
 
 from benchmarks.everyday.classification import digits
-from benchmarks.everyday.task import Data, Task, register, split
+from benchmarks.everyday.task import Task, register, split
 
 
 def _blobs(rng):

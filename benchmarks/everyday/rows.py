@@ -1,10 +1,13 @@
 """Rows of the table: all trainings of one task at one batch size, in a process of its own."""
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import logging
 import pathlib
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -34,6 +37,8 @@ class Job:
         kfc: The call of the optimizer to compare.
         seeds: Seeds of weights and batches.
         output: Folder of the results.
+        constants: Constants of modules of keras_kfc that are to have other values, such as
+            `{"step_size._DECAY": 0.9}`.
     """
 
     task: str
@@ -42,6 +47,7 @@ class Job:
     kfc: str
     seeds: tuple[int, ...]
     output: pathlib.Path
+    constants: Mapping[str, float]
 
 
 def use_one_thread() -> None:
@@ -59,11 +65,24 @@ def row_of(job: Job) -> Row:
     baselines: dict[str, list[Run]] = {}
     for family in RATES:
         baselines.update(_baseline(task, job, family))
-    trainer = Trainer(
-        task, job.batch, job.steps, lambda: optimizer_of(job.kfc, 1), instrumented=True
-    )
-    runs = [trainer.run(seed) for seed in job.seeds]
+    with _constants(job.constants):
+        trainer = Trainer(
+            task, job.batch, job.steps, lambda: optimizer_of(job.kfc, 1), instrumented=True
+        )
+        runs = [trainer.run(seed) for seed in job.seeds]
     return Row(job.task, job.batch, task.held_out, runs, baselines)
+
+
+@contextlib.contextmanager
+def _constants(values: Mapping[str, float]) -> Iterator[None]:
+    """Gives module constants other values for the time being."""
+    with contextlib.ExitStack() as stack:
+        for path, value in values.items():
+            module, name = path.split(".")
+            owner = importlib.import_module(f"keras_kfc.{module}")
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
 
 
 def _baseline(task: Task, job: Job, family: str) -> dict[str, list[Run]]:

@@ -1,5 +1,0 @@
-"""TEMPORARY."""
-
-import json, os
-
-TUNE = json.loads(os.environ.get("KFC_TUNE", "{}"))
