@@ -1,6 +1,7 @@
 """How the optimizer learns of forward passes and takes factors from them."""
 
 import logging
+import math
 
 import keras
 import tensorflow as tf
@@ -18,6 +19,8 @@ from keras_kfc.step import PreconditionedStep
 
 # Factors remember so many examples at least.
 _FEWEST_EXAMPLES = 256.0
+# Share of parameters with a block below which a line says so.
+_SMALL_SHARE = 0.5
 _logger = logging.getLogger("keras_kfc")
 
 
@@ -158,13 +161,16 @@ class FactorUpdates(PreconditionedStep):
         if self._told or not self.built:
             return
         self._told = True
-        if not self.blocks and not self._left_out:
-            _logger.warning(
-                "KFC found no layer with a Kronecker block: its fallback rule, an Adam, trains "
-                "everything. Call `keras_kfc.instrument(model)` before training, or build the "
-                "model from `keras_kfc.layers`."
-            )
-        elif model is not None:
+        if not self.blocks:
+            if not self._left_out:
+                _logger.warning(
+                    "KFC found no layer with a Kronecker block: its fallback rule, an Adam, trains "
+                    "everything. Call `keras_kfc.instrument(model)` before training, or build the "
+                    "model from `keras_kfc.layers`."
+                )
+            return
+        self._tell_share()
+        if model is not None:
             plain = [
                 layer.path
                 for layer, reason in layers_in(model)
@@ -180,6 +186,17 @@ class FactorUpdates(PreconditionedStep):
                     len(plain),
                     ", ".join(plain),
                 )
+
+    def _tell_share(self):
+        """Says if most of the parameters have no block."""
+        sizes = [math.prod(variable.shape) for variable in self._trainable_variables]
+        share = sum(sizes[index] for index in self._preconditioner.covered) / max(1, sum(sizes))
+        if share < _SMALL_SHARE:
+            _logger.warning(
+                "%.1f%% of the parameters have a Kronecker block. The fallback rule of KFC, an "
+                "Adam, trains the others; `print(keras_kfc.coverage(model))` tells which.",
+                100 * share,
+            )
 
     def _use_pending(self, capture):
         loss = capture.loss

@@ -41,10 +41,11 @@ class KFC(FactorUpdates):
         Γ ← average of E[(1/|T|) Σ_t Ds_t Ds_tᵀ]     likewise
         d = (Ω + π √λ I)⁻¹ D (Γ + √λ/π I)⁻¹          inverses anew every
                                                      `inverse_update_period` steps
-        α = min(learning_rate, c (1 - μ) r (L - L₀) / Σ d·D)   one for all layers
-        v = -α d
+        α = c s (1 - μ) / average of (Σ d·D / G)     one for all layers
+        β = min(α, η (1 - μ) / rms(d))               a bound for each layer
+        v = -β d
         p ← μ p + v
-        θ ← θ - w n α / (1 - μ) θ + μ p + v    (p in place of μ p + v without Nesterov)
+        θ ← θ - w n β / (1 - μ) θ + μ p + v          (p in place of μ p + v without Nesterov)
 
     Updates that have a period are due more often at the start: in each of the first 8
     steps, in every second of the next 8, in every fourth of the next 16, and so on, up to
@@ -52,17 +53,16 @@ class KFC(FactorUpdates):
 
     `α` is Polyak's step size in the metric of the Fisher matrix. `Σ d·D` is what a step with
     `α = 1` would take off the loss to first order, and momentum multiplies that by
-    `1 / (1 - μ)`. Together they may promise no more than a part `c`, `polyak`, of what the
-    loss `L` (a moving average) has above the lowest value `L₀` that the targets allow: their
-    entropy for cross-entropies, zero for labels and errors. Where a gradient is mostly
-    noise, `Σ d·D` is the size of the noise, so that `α` grows with the batch. After 100
-    steps the pace `r` comes in: below 1 where the loss hovers, as it does above a lowest value
-    that is out of reach, above 1 where it falls faster than nets commonly do.
+    `1 / (1 - μ)`. Together they promise a part `c`, `polyak`, of the gap `G`: what the loss has
+    above the lowest value within reach. The targets tell of that value, and how fast the loss
+    falls; where only the fall is known, as for a loss function of your own, a constant in the
+    loss and its sign change nothing. The average is of some 20 steps before: by the batch at
+    hand, steps would be short where gradients are large.
 
-    Where `L₀` is not known, as for a loss function of your own, steps are held to a trust
-    region instead: `ν = α² Σ d·D`, an estimate of `vᵀ F v`, is at most `2e-4 c²` times the
-    loss, or times 1 where the train step hides its loss or `scale_free=False`. `kl_clip`
-    sets such a region for all losses.
+    `η` is the learning rate. No layer's weights move by more in a step, root mean square and with
+    momentum, as with Adam. `s` is `η` over its highest value so far, so that a schedule acts on
+    steps below the bound, too. Where the train step hides its loss, a layer moves by a fifth of
+    the bound. The reasons, and the constants, stand in `docs/method.md`.
 
     Kernels decay by a part `w`, `weight_decay`, of the step, so far as the gradient is noise:
     `n = 1 - min(1, 2 (L - L₀) / Σ d·D)`, since a quadratic loss without noise has
@@ -73,12 +73,10 @@ class KFC(FactorUpdates):
     All this is free of scale: `λ` is `damping` times the mean eigenvalue of the layer's own
     block by default, and a loss weight changes nothing.
 
-    The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with
-    sample, class and loss weights. For cross-entropies, mean squared error, Poisson and
-    Kullback-Leibler losses it is that of the model's own distribution. Other losses of
-    independent outputs, or of up to 16 outputs at once, have their Hessian in the outputs,
-    made positive, your own functions too. Where a loss depends on more at once (a loss over
-    the whole batch, CTC) it has the empirical Fisher matrix, which a logged line tells.
+    The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with sample,
+    class and loss weights, for Keras's losses and for functions of your own that are twice
+    differentiable in a model's outputs. Where there is none, as for a loss over pairs of examples,
+    KFC takes the empirical Fisher matrix, and logs so once.
 
     Variables of other layers are trained by Adam with a learning rate of
     `fallback_lr_ratio * learning_rate`, and an epsilon relative to the size of
@@ -88,18 +86,18 @@ class KFC(FactorUpdates):
     Args:
         learning_rate: A float, a
             `keras.optimizers.schedules.LearningRateSchedule` instance, or a
-            callable that takes no arguments and returns the value to use;
-            an upper limit of `α`, which Polyak's rule mostly keeps below it.
-            Defaults to `0.05`.
+            callable that takes no arguments and returns the value to use: `η`, the most that a
+            layer's weights move in a step, root mean square. Defaults to `0.03`.
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov
             damping `λ`, in units of the mean eigenvalue of the layer's block
             (absolute if `scale_free=False`). Can be read and set during
-            training. Defaults to `0.3`.
+            training. Defaults to `0.1`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether to use Nesterov momentum. Defaults to `True`.
         polyak: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss above
             its lowest value that a gradient may promise to take off. Can be read and set
-            during training. None for steps of the learning rate alone. Defaults to `1.0`.
+            during training. None for steps of `learning_rate * d`, without a bound.
+            Defaults to `1.0`.
         kl_clip: Bound of a trust region, `ν ≤ kl_clip (L - L₀)` (absolute, `ν ≤ kl_clip`, if
             `scale_free=False`), or None for none where Polyak's rule applies.
             Defaults to `None`.
@@ -127,13 +125,14 @@ class KFC(FactorUpdates):
             products each time it is inverted, and n products for each of the layer's
             weights in every step. Defaults to `2048`.
         fallback_lr_ratio: Learning rate of the fallback rule over
-            `learning_rate`. Defaults to `0.05`.
+            `learning_rate`. Defaults to `0.2`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
         name: Name of the optimizer. Defaults to `"kfc"`, with a number where that is taken.
         weight_decay: Float, at least 0, or None: decoupled weight decay `w` of all variables
             of two axes or more (so not of biases and scales) that are not excluded. Kernels of
-            covered layers decay in proportion to the step, as above, all others by
-            `w * fallback_lr_ratio * learning_rate`. Defaults to `0.02`.
+            covered layers decay in proportion to the step, as above, all others by a fifth of
+            `w * fallback_lr_ratio * learning_rate`, of embeddings only the rows that a batch
+            used. Defaults to `0.02`.
         clipnorm: Float. If set, the gradient of each weight is clipped to this norm.
         clipvalue: Float. If set, gradients are clipped to be no higher than this value.
         global_clipnorm: Float. If set, all gradients are clipped to this joint norm.

@@ -9,9 +9,9 @@ the gap. Two things tell of it:
   lines on logarithmic axes, `L - L_∞ ∝ t^-P` after t examples; with an ordinary `P` of a third,
   the gap follows from how much the mean over recent steps is below that over past ones.
 
-Where `L₀` is out of reach (noisy targets, a net that is too small), steps in proportion to `E` would
-keep the loss up for good, and where the net fits ever more of the data, larger ones would
-do. So after the start `E` is multiplied by how fast it falls, compared with an ordinary fall:
+Where `L₀` is out of reach (noisy targets, a net that is too small), steps in proportion to `E`
+would keep the loss up for good, and where the net fits ever more of the data, larger ones
+would do. So after the start `E` is multiplied by how fast it falls, compared with an ordinary fall:
 
     x_r, x_p   means of the loss weighted by t^9 and by t: over recent steps and past ones
     P          log(E_p / E_r) / 0.4

@@ -41,7 +41,7 @@ class StepSize:
 
     def __init__(self, add_variable: Callable[..., Any]):
         self._ratio = add_variable((), dtype="float32", name="slope_over_gap")
-        self._ratio_weight = add_variable((), dtype="float32", name="slope_over_gap_weight")
+        self._ratio_count = add_variable((), dtype="float32", name="slope_over_gap_count")
         self._highest_rate = add_variable((), dtype="float32", name="highest_learning_rate")
 
     def build(self, add_variable: Callable[..., Any], variables: int) -> None:
@@ -52,7 +52,7 @@ class StepSize:
             variables: Number of trainable variables.
         """
         self._squares = add_variable((variables,), dtype="float32", name="squared_length")
-        self._squares_weight = add_variable((), dtype="float32", name="squared_length_weight")
+        self._squares_count = add_variable((), dtype="float32", name="squared_length_count")
 
     def rates(
         self,
@@ -78,21 +78,24 @@ class StepSize:
         scale *= tf.math.divide_no_nan(learning_rate, self._highest_rate.value)
         gap = progress.gap()
         ratio = tf.math.divide_no_nan(tf.maximum(slope, 0.0), gap)
-        _average(self._ratio, self._ratio_weight, ratio, gap > 0)
-        _average(self._squares, self._squares_weight, squares, tf.constant(True))
+        # Averages of before this batch: a step that depended on its size would be biased.
+        ratio = _average(self._ratio, self._ratio_count, ratio, gap > 0)
+        usual = _average(self._squares, self._squares_count, squares, tf.constant(True))
         longest = learning_rate * (1 - momentum)
-        polyak = (1 - momentum) * tf.math.divide_no_nan(scale, self._ratio.value)
+        polyak = (1 - momentum) * tf.math.divide_no_nan(scale, ratio)
         known = progress.lowest_known > 0
         bound = tf.where(known, 1.0, _UNKNOWN) * longest
         within = tf.minimum(polyak, tf.math.divide_no_nan(bound, tf.sqrt(squares)))
-        blind = scale * _BLIND * tf.math.divide_no_nan(longest, tf.sqrt(self._squares.value))
+        blind = scale * _BLIND * tf.math.divide_no_nan(longest, tf.sqrt(usual))
         early = ~known & (progress.steps_seen <= _FIRST_STEPS)
         return tf.where(early | ~progress.seen, blind, within)
 
 
-def _average(average: Any, count: Any, value: tf.Tensor, usable: tf.Tensor) -> None:
-    """Moves an average if a value is usable; the first values are soon forgotten."""
+def _average(average: Any, count: Any, value: tf.Tensor, usable: tf.Tensor) -> tf.Tensor:
+    """Moves an average if a value is usable, and returns what it was before, or the first value."""
+    before = tf.where(count > 0, average.value, value)
     seen = count + tf.cast(usable, tf.float32)
     rate = tf.maximum(1 - _DECAY, _START / (seen + _START - 1))
     average.assign_add(tf.where(usable, rate, 0.0) * (value - average))
     count.assign(seen)
+    return before

@@ -28,7 +28,7 @@ def test_the_mean_step_is_along_the_mean_gradient():
     rng = np.random.default_rng(0)
     # So small a scale that the weights stay about where they are.
     model = line(
-        polyak=1e-5,
+        polyak=1e-6,
         momentum=0.0,
         fisher="exact",
         factor_decay=0.999,
@@ -49,7 +49,7 @@ def test_the_mean_step_is_along_the_mean_gradient():
     block = model.optimizer.blocks[0]
     expected = -block.omega_inverse.numpy()[0].astype("float64") @ gradient
     # Of the mean gradient's two parts, each is followed as much as it should be.
-    np.testing.assert_allclose(moved[1] / moved[0], expected[1] / expected[0], rtol=0.35)
+    np.testing.assert_allclose(moved[1] / moved[0], expected[1] / expected[0], rtol=0.2)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -96,25 +96,19 @@ def small_net(loss, optimizer=None, **compiled):
 def test_a_schedule_scales_steps_that_are_below_the_bound():
     x, y = data()
 
-    def changes(rates):
-        model = small_net("mse", keras_kfc.KFC(0.03, momentum=0.0, seed=1, weight_decay=None))
-        model.fit(x, y, batch_size=32, epochs=12, verbose=0, shuffle=False)
-        moved = []
-        for rate in rates:
-            model.optimizer.learning_rate = rate
-            before = flat_weights(model)
-            model.train_on_batch(x[:32], y[:32])
-            moved.append(flat_weights(model) - before)
-            for variable, value in zip(
-                model.trainable_variables, np.split(before, []), strict=False
-            ):
-                del variable, value
-        return moved
+    def change(rate):
+        optimizer = keras_kfc.KFC(0.03, polyak=0.01, momentum=0.0, seed=1, weight_decay=None)
+        model = small_net("mse", optimizer)
+        model.fit(x, y, batch_size=32, epochs=1, verbose=0, shuffle=False)
+        model.optimizer.learning_rate = rate
+        before = flat_weights(model)
+        model.train_on_batch(x[:32], y[:32])
+        return flat_weights(model) - before
 
-    (whole,), (tenth,) = changes([0.03]), changes([0.003])
-    # Below the bound, or the comparison would be of bounds.
-    assert np.sqrt(np.mean(whole**2)) < 0.03 / 5
-    np.testing.assert_allclose(tenth, 0.1 * whole, rtol=1e-3, atol=1e-9)
+    whole, tenth = change(0.03), change(0.003)
+    # Below the bound of the smaller rate, or the comparison would be of bounds.
+    assert 0 < np.sqrt(np.mean(whole**2)) < 0.003 / 2
+    np.testing.assert_allclose(tenth, 0.1 * whole, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -241,7 +235,7 @@ def test_a_step_that_is_skipped_leaves_no_trace():
     model, control = trained(True), trained(False)
     assert int(model.optimizer.skipped_steps) == 1
     rule, other = model.optimizer.step_size, control.optimizer.step_size
-    assert float(rule._ratio_weight) < float(other._ratio_weight)
+    assert float(rule._ratio_count) < float(other._ratio_count)
     assert np.isfinite(flat_weights(model)).all()
 
 
@@ -263,6 +257,23 @@ def test_rows_that_no_batch_used_stay_where_they_are():
     used = [1, 2, 5]
     assert not change[[i for i in range(10) if i not in used]].any()
     # The first step of Adam: each entry by the rate, and the decay of the rows.
-    rate = 0.1 * 0.03
+    rate = 0.2 * 0.03
     expected = -rate * np.sign(gradient[used]) - 0.2 * 0.02 * rate * before[used]
     np.testing.assert_allclose(change[used], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("units", [4, 40])
+def test_a_small_share_of_blocks_is_told_once(units, caplog):
+    """A recurrent layer has none: with few units beside a wide dense layer, that is no news."""
+    inputs = keras.Input((3, 2))
+    hidden = keras.layers.LSTM(units)(inputs)
+    model = keras.Model(inputs, keras_kfc.layers.Dense(40)(hidden))
+    model.compile(keras_kfc.KFC(seed=1), "mse")
+    for _ in range(2):
+        model.train_on_batch(np.ones((4, 3, 2)), np.ones((4, 40)))
+    dense = 40 * (units + 1)
+    share = dense / (dense + 4 * units * (units + 3))
+    told = [r.getMessage() for r in caplog.records if "have a Kronecker block" in r.getMessage()]
+    assert len(told) == (share < 0.5)
+    if told:
+        assert told[0].startswith(f"{100 * share:.1f}% of the parameters")

@@ -1,4 +1,4 @@
-"""Does whatever trains with Adam train with KFC()? Small tasks of many kinds, at small and large batches.
+"""Does whatever trains with Adam train with KFC()? Small tasks of many kinds and batch sizes.
 
 `python -m benchmarks.everyday` trains each with `KFC()` at its defaults and with Adam, AdamW
 and SGD at the best of four learning rates each, the same number of steps, and prints how the

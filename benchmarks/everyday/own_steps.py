@@ -58,13 +58,15 @@ class Adversaries(keras.Model):
         with tf.GradientTape() as tape:
             loss = self.bce(labels, self.discriminator(everything))
         weights = self.discriminator.trainable_weights
-        self.second_optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights))
+        self.second_optimizer.apply_gradients(
+            zip(tape.gradient(loss, weights), weights, strict=True)
+        )
         codes = keras.random.normal((count, 4), seed=self.draws)
         with tf.GradientTape() as tape:
             scores = self.discriminator(self.blur(self.generator(codes)))
             loss = self.bce(ops.zeros((count, 1)), scores)
         weights = self.generator.trainable_weights
-        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights))
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
         return {"loss": loss}
 
 
@@ -120,7 +122,7 @@ class PhysicsInformed(keras.Model):
         with tf.GradientTape() as tape:
             loss = self.residual(data[0])
         gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
         return {"loss": loss}
 
 
@@ -154,7 +156,7 @@ class OwnLoop(keras.Model):
         with tf.GradientTape() as tape:
             loss = self.loss_of(*data)
         gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
         return {"loss": loss}
 
 

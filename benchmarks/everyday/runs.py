@@ -1,4 +1,4 @@
-"""Trains a task with an optimizer from several initial weights, and measures the loss on the way."""
+"""Trains a task with an optimizer from several initial weights, and measures the loss meanwhile."""
 
 import dataclasses
 import math
