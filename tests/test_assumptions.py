@@ -9,6 +9,8 @@ from keras import layers
 import keras_kfc
 from examples import assumptions, fisher_blocks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():

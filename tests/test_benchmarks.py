@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import harness, inverse, patches, step
 
+pytestmark = pytest.mark.slow
+
 
 def test_patches_are_measured():
     row = patches.measure(patches.Case(6, 2, 3, batch=4), 1, [None, "windows"], False)

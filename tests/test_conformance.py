@@ -142,9 +142,12 @@ class TestOptimizer(testing.TestCase):
             KFC(clipnorm=0.1, clipvalue=0.1)
 
     def test_weight_decay(self):
-        """With a gradient of zero, decay alone moves a variable, unless it is excluded."""
+        """With a gradient of zero, decay alone moves a variable, unless it is excluded.
+
+        Without a block it is a fifth of the argument, as in Keras's AdamW by default.
+        """
         decayed, excluded = keras.Variable([[2.0]]), keras.Variable([[2.0]], name="exclude")
-        optimizer = KFC(learning_rate=1.0, weight_decay=0.004, fallback_lr_ratio=1.0)
+        optimizer = KFC(learning_rate=1.0, weight_decay=0.02, fallback_lr_ratio=1.0)
         optimizer.exclude_from_weight_decay(var_names=["exclude"])
         optimizer.apply_gradients([(tf.zeros((1, 1)), v) for v in (decayed, excluded)])
         self.assertAllClose(decayed, [[2.0 * (1 - 0.004)]])

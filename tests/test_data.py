@@ -9,6 +9,8 @@ from benchmarks import color_images
 from benchmarks.tasks import DATA, NETWORKS, task_of
 from examples.data import IDX_FILES, DataError, load_mnist, standardise
 
+pytestmark = pytest.mark.slow
+
 
 def cifar_records(count, seed):
     """Images, labels, and the bytes that CIFAR-10's makers define for them."""

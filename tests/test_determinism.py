@@ -12,6 +12,8 @@ import tensorflow as tf
 import keras_kfc
 import nets
 
+pytestmark = pytest.mark.slow
+
 tf.config.experimental.enable_op_determinism()
 for seed in map(int, sys.argv[2:]):
     keras.utils.set_random_seed(seed)

@@ -15,6 +15,8 @@ from examples import custom_loop, quickstart
 from examples.comparison import Run, best
 from examples.data import IDX_FILES, DataError, load_digits, load_fashion_mnist, read_idx
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 

@@ -16,6 +16,8 @@ import keras_kfc
 from examples.data import load_fashion_mnist
 from examples.nets import fashion_net
 
+pytestmark = pytest.mark.slow
+
 FOLDER = pathlib.Path(
     os.environ.get("KERAS_KFC_FASHION_MNIST", "/usr/share/datasets/fashion-mnist")
 )

@@ -12,6 +12,8 @@ import tensorflow as tf
 import keras_kfc
 from keras_kfc.capture import Capture
 
+pytestmark = pytest.mark.slow
+
 LOSS = "sparse_categorical_crossentropy"
 
 

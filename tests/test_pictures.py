@@ -10,6 +10,8 @@ from matplotlib import image
 import keras_kfc
 from keras_kfc.pictures import _block_diagonal, _that_fit, draw_factors
 
+pytestmark = pytest.mark.slow
+
 
 def trained(**kwargs):
     model = nets.conv_net()

@@ -8,6 +8,9 @@ import tensorflow as tf
 import keras_kfc
 from keras_kfc.progress import Progress
 
+# So many examples that the average of now has its shortest memory.
+BATCH = 64.0
+
 
 def progress():
     return Progress(
@@ -21,7 +24,7 @@ def paces(losses, known=True):
 
     @tf.function
     def step(loss):
-        seen.observe(loss, tf.constant(known))
+        seen.observe(loss, tf.constant(known), BATCH)
         return seen.pace()
 
     return [float(step(tf.constant(loss, tf.float32))) for loss in losses]
@@ -45,25 +48,85 @@ def test_a_power_law_has_a_pace_of_its_exponent(exponent, scale):
     assert abs(paces(scale * noisy * STEPS**-exponent)[-1] / pace - 1) < 0.15
 
 
-def test_means_weigh_steps_by_powers_of_their_number():
+def test_means_weigh_examples_by_powers_of_their_number():
     # With a trend, or weights that are one step off would hardly show.
-    losses = np.random.default_rng(0).uniform(1, 2, size=500) + np.linspace(9, 0, 500)
+    rng = np.random.default_rng(0)
+    losses = rng.uniform(1, 2, size=500) + np.linspace(9, 0, 500)
+    sizes = rng.integers(32, 200, size=500)
     seen = progress()
-    for loss in losses:
-        seen.observe(tf.constant(loss, tf.float32), tf.constant(True))
-    steps = np.arange(1.0, 501)
-
-    def rising(power):
-        """(t - 1) (t - 2) ..., so many factors: what the recursion makes of t^power."""
-        return np.prod([steps - 1 - i for i in range(power)], axis=0)
-
-    for average, power in ((seen._past, 1), (seen._recent, 9)):
-        expected = np.average(losses, weights=np.maximum(rising(power), 0))
-        np.testing.assert_allclose(float(average.value), expected, rtol=1e-5)
-    weights = 0.9 ** np.arange(500)[::-1]
+    observe = tf.function(seen.observe)
+    for loss, size in zip(losses, sizes, strict=True):
+        observe(
+            tf.constant(loss, tf.float32), tf.constant(True), tf.constant(size, dtype=tf.float32)
+        )
+    # The weight of each example, integrated over the examples of a batch.
+    ends = np.cumsum(sizes).astype("float64")
+    for average, power in ((seen._past, 2), (seen._recent, 10)):
+        weights = ends**power - (ends - sizes) ** power
+        np.testing.assert_allclose(
+            float(average.value), np.average(losses, weights=weights), rtol=1e-4
+        )
+    weights = sizes * 0.9 ** np.arange(500)[::-1]
     np.testing.assert_allclose(
         float(seen.excess.value), np.average(losses, weights=weights), rtol=1e-5
     )
+
+
+def test_a_batch_counts_by_its_examples():
+    """One of 48 is one of 16 and one of 32 with their mean loss; small ones are kept for longer."""
+    whole, parts = progress(), progress()
+    for seen, batches in (
+        (whole, [(4.0, 64), (2.0, 48)]),
+        (parts, [(4.0, 64), (1.0, 16), (2.5, 32)]),
+    ):
+        for loss, size in batches:
+            seen.observe(tf.constant(loss), tf.constant(True), size)
+    # 64 examples are left of by a tenth in one step, or by a half and a tenth in two.
+    assert float(whole.excess) == pytest.approx((0.9 * 64 * 4 + 48 * 2) / (0.9 * 64 + 48))
+    kept = 0.9 * 64
+    assert float(parts.excess) == pytest.approx(
+        (0.9 * (kept * 4 + 16 * 1) + 32 * 2.5) / (0.9 * (kept + 16) + 32)
+    )
+    single = progress()
+    for loss in (8.0, 4.0, 2.0):
+        single.observe(tf.constant(loss), tf.constant(True), 1.0)
+    kept = 31 / 32
+    expected = (kept**2 * 8 + kept * 4 + 2) / (kept**2 + kept + 1)
+    assert float(single.excess) == pytest.approx(expected)
+
+
+def test_parts_of_a_batch_count_once_it_is_complete():
+    one, other = progress(), progress()
+    one.observe(tf.constant(3.0), tf.constant(True), 8.0, tf.constant(False))
+    assert not bool(one.seen)
+    one.observe(tf.constant(1.0), tf.constant(True), 24.0, tf.constant(True))
+    other.observe(tf.constant(1.5), tf.constant(True), 32.0)
+    for name in ("excess", "_recent", "_past", "_seen", "_examples"):
+        assert float(getattr(one, name)) == pytest.approx(float(getattr(other, name)))
+
+
+@pytest.mark.parametrize("offset", [0.0, -7.0, 1000.0])
+def test_the_gap_of_an_unknown_lowest_loss_is_told_by_the_fall(offset):
+    """Of curves that fall with the ordinary exponent it is what is above their end."""
+    seen = progress()
+    observe = tf.function(seen.observe)
+    steps = np.arange(1, 2001)
+    for loss in 5 * steps ** (-1 / 3) + offset:
+        observe(tf.constant(loss, tf.float32), tf.constant(False), BATCH)
+    assert float(seen.gap()) == pytest.approx(5 * 2000 ** (-1 / 3), rel=0.02)
+
+
+def test_the_gap_of_a_loss_that_hovers_goes_with_its_spread():
+    rng = np.random.default_rng(1)
+    gaps = {}
+    seen = progress()
+    observe = tf.function(seen.observe)
+    for step, loss in enumerate(rng.normal(50.0, 2.0, size=3000)):
+        observe(tf.constant(loss, tf.float32), tf.constant(False), BATCH)
+        gaps[step + 1] = float(seen.gap())
+    # The mean distance of a normal number is 0.8 deviations.
+    assert 0.2 * 1.6 < np.mean([gaps[t] for t in range(60, 100)]) < 1.5 * 1.6
+    assert np.mean([gaps[t] for t in range(2000, 3000)]) < 0.1 * 1.6
 
 
 def test_a_loss_that_stays_slows_down_and_one_that_goes_speeds_up():
@@ -83,9 +146,9 @@ def test_losses_that_are_not_finite_leave_no_trace():
     losses = [3.0, np.nan, 2.0, np.inf, 1.0]
     one, other = progress(), progress()
     for loss in losses:
-        one.observe(tf.constant(loss), tf.constant(True))
+        one.observe(tf.constant(loss), tf.constant(True), BATCH)
         if np.isfinite(loss):
-            other.observe(tf.constant(loss), tf.constant(True))
+            other.observe(tf.constant(loss), tf.constant(True), BATCH)
     for name in ("excess", "_recent", "_past", "_seen"):
         assert float(getattr(one, name)) == float(getattr(other, name))
     one.forget()
@@ -103,7 +166,7 @@ def test_a_checkpoint_goes_on_at_its_pace(tmp_path):
     y = rng.normal(size=(64, 2)).astype("f")
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
     model.compile(keras_kfc.KFC(seed=1), "mse")
-    model.fit(x, y, batch_size=1, epochs=3, verbose=0)
+    model.fit(x, y, batch_size=1, epochs=12, verbose=0)
     pace = float(model.optimizer.progress.pace())
     # Targets are noise: what can be learned is learned.
     assert pace < 0.9

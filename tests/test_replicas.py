@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 from helpers import run_python
+
+pytestmark = pytest.mark.slow
 
 # Runs one case with one replica and with two, and prints the largest differences.
 SCRIPT = '''

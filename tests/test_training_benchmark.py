@@ -10,6 +10,8 @@ from benchmarks import curves, options, runs, scaling, search, training
 from benchmarks.runs import Run, Trainer
 from benchmarks.tasks import task_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def task():

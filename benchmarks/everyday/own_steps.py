@@ -192,6 +192,7 @@ register(
         (64,),
         (500,),
         measure=lambda model, x, y, weight: model.residual(x),
+        last_points=3,
     ),
     Task(
         "own train step",
