@@ -1,7 +1,10 @@
 """Two runs under one seed are equal to the bit, in processes of their own."""
 
 import numpy as np
+import pytest
 from helpers import run_python
+
+pytestmark = pytest.mark.slow
 
 # Trains with every source of random numbers, and writes weights and optimizer state.
 SCRIPT = """
@@ -11,8 +14,6 @@ import numpy as np
 import tensorflow as tf
 import keras_kfc
 import nets
-
-pytestmark = pytest.mark.slow
 
 tf.config.experimental.enable_op_determinism()
 for seed in map(int, sys.argv[2:]):
