@@ -230,12 +230,8 @@ class PreconditionedStep(ResumableOptimizer):
         """As `_fallback_change`, of the rows that were looked up and nothing else."""
         moments = (self._momentums[index], self._second_moments[index])
         gradient = tf.cast(rows.values, variable.dtype)
-        change, *moved = adam_step(
-            gradient,
-            *(_rows_of(moment, rows.indices) for moment in moments),
-            corrections,
-            learning_rate,
-        )
+        first, second = (_rows_of(moment, rows.indices) for moment in moments)
+        change, *moved = adam_step(gradient, first, second, corrections, learning_rate)
         for moment, new in zip(moments, moved, strict=True):
             self.assign(moment, tf.IndexedSlices(new, rows.indices))
         if self._decays(variable):

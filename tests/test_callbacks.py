@@ -81,7 +81,12 @@ def test_trust_scale_is_the_share_of_the_step_that_is_taken():
 
     def first_step(kl_clip):
         optimizer = KFC(
-            momentum=0.0, fisher="exact", polyak=None, kl_clip=kl_clip, fallback_lr_ratio=0.0
+            momentum=0.0,
+            fisher="exact",
+            polyak=None,
+            kl_clip=kl_clip,
+            fallback_lr_ratio=0.0,
+            seed=3,
         )
         model = compiled(optimizer)
         history = fit(model, epochs=1, batch_size=36, callbacks=[CurvatureMonitor("none")]).history
