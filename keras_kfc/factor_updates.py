@@ -110,6 +110,9 @@ class FactorUpdates(PreconditionedStep):
         Small batches are forgotten more slowly: a factor of a few examples is mostly noise.
         Micro-batches whose gradients are averaged count as one batch.
         """
+        if not self.factor_decay:
+            # Somebody wants the factors of the last batch and no other.
+            return tf.zeros(())
         examples = tf.cast(examples, tf.float32)
         decay = tf.maximum(self.factor_decay, 1 - examples / _FEWEST_EXAMPLES)
         steps = self.gradient_accumulation_steps

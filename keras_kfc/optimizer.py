@@ -106,8 +106,8 @@ class KFC(FactorUpdates):
             training targets, `"exact"` sums over all classes or outputs, one
             backward pass for each. Defaults to `"sampled"`.
         factor_decay: Decay of the moving averages of the factors for one
-            update, in [0, 1). Averages are corrected for their start.
-            Defaults to `0.95`.
+            update, in [0, 1); batches count by their examples, and small ones are
+            forgotten more slowly, unless it is 0. Defaults to `0.95`.
         factor_update_period: Steps between updates of the factors, the paper's
             `T_s`. Defaults to `10`.
         inverse_update_period: Steps between updates of the inverses, the

@@ -55,14 +55,14 @@ class Progress:
 
     def __init__(self, add_variable: Callable[..., Any]):
         self._seen = add_variable((), dtype="int64", name="losses_seen")
-        self._examples = add_variable((), dtype="float32", name="examples_seen")
+        self._examples = add_variable((), dtype="float32", name="loss_examples")
         self.excess = add_variable((), dtype="float32", name="excess_loss")
         self._excess_weight = add_variable((), dtype="float32", name="excess_loss_weight")
         self._spread = add_variable((), dtype="float32", name="loss_spread")
         self._recent = add_variable((), dtype="float32", name="recent_excess_loss")
         self._past = add_variable((), dtype="float32", name="past_excess_loss")
         self._part = add_variable((), dtype="float32", name="partial_loss")
-        self._part_examples = add_variable((), dtype="float32", name="partial_examples")
+        self._part_examples = add_variable((), dtype="float32", name="partial_loss_examples")
         self.lowest_known = add_variable((), dtype="int64", name="lowest_loss_known")
 
     def observe(

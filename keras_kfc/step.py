@@ -58,7 +58,7 @@ class PreconditionedStep(ResumableOptimizer):
             looked_up = {
                 index: summed_rows(part, variables[index].shape[0])
                 for index, part in zip(variables, grads, strict=True)
-                if isinstance(part, tf.IndexedSlices)
+                if isinstance(part, tf.IndexedSlices) and self._second_moments[index] is not None
             }
 
         def by_index(parts):
@@ -80,10 +80,11 @@ class PreconditionedStep(ResumableOptimizer):
             # Clipping is there for gradients whose squares overflow.
             promise = tf.where(tf.math.is_finite(promise), promise, quadratic)
         # The fallback rule keeps squares, which may overflow where the gradient does not.
-        parts = {**whole, **{index: rows.values for index, rows in looked_up.items()}}
+        rows = {index: part.values for index, part in looked_up.items()}
+        parts = {**gradients, **rows}
         squares = [tf.square(g) for i, g in parts.items() if i not in directions]
         # Clipping by value would hide an infinity.
-        usable = all_finite([quadratic, *parts.values(), *squares])
+        usable = all_finite([quadratic, *whole.values(), *rows.values(), *squares])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update():

@@ -84,7 +84,9 @@ def draws_of(fisher, count):
                 output_derivatives(terms, fisher, tf.constant([number, 5], tf.int64)),
                 sample,
                 partitions,
-            )[key][0].numpy()
+            )[key]
+            .gamma[0]
+            .numpy()
             for number in range(count)
         ]
     )
@@ -118,7 +120,9 @@ def test_signs_square_away_without_a_batch_normalisation():
             output_derivatives(terms, "exact", tf.constant([number, 5], tf.int64)),
             ExampleSample(tf.constant(EXAMPLES)),
             partitions,
-        )[key][0].numpy()
+        )[key]
+        .gamma[0]
+        .numpy()
         for number in range(3)
     ]
     hidden = np.tanh(X @ layer.kernel.numpy())

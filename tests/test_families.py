@@ -99,7 +99,7 @@ CASES = {
     "own squared": (own_squared, REAL, OUTPUTS, None),
     "own unreduced": (own_unreduced, REAL, OUTPUTS, None),
     "own joint": (own_joint, ONE_HOT, OUTPUTS, None),
-    "focal": (losses.CategoricalFocalCrossentropy(from_logits=True), ONE_HOT, OUTPUTS, "positive"),
+    "focal": (losses.CategoricalFocalCrossentropy(from_logits=True), ONE_HOT, OUTPUTS, None),
     "cosine": (losses.CosineSimilarity(), REAL, OUTPUTS, "positive"),
     "dice of an example": (losses.Dice(axis=-1), ONE_HOT, POSITIVE, "positive"),
     "squared hinge": (losses.SquaredHinge(), SIGNS, np.clip(OUTPUTS, -0.9, 0.9), None),
@@ -243,7 +243,9 @@ def hidden_gamma_and_ggn(loss, y, activation, positions=(), mask=None, **argumen
     model.fit(inputs, y, batch_size=5, shuffle=False, verbose=0, **arguments)
     (gamma,) = optimizer.blocks[0].gamma.numpy()
     count = int(np.prod(positions)) if positions else 1
-    return gamma, blocks.sum(0) / count
+    # Padding counts neither in the layer's input factor nor in its positions.
+    real = 1.0 if mask is None else mask.mean()
+    return gamma, blocks.sum(0) / (count * real)
 
 
 POSITION_LABELS = np.random.default_rng(1).integers(0, 3, size=(5, 4))

@@ -9,8 +9,14 @@ from keras_kfc import KFC
 from keras_kfc.layers import Dense
 
 LOSS = "sparse_categorical_crossentropy"
-# Without a bound on the step, which joins all layers, branches train independently.
-SETTINGS = {"fisher": "exact", "polyak": None, "learning_rate": 0.01, "seed": 3}
+# Without a rule for the step and the decay, which join all layers, branches train independently.
+SETTINGS = {
+    "fisher": "exact",
+    "polyak": None,
+    "learning_rate": 0.01,
+    "weight_decay": None,
+    "seed": 3,
+}
 
 
 def data(examples=32, seed=5):
