@@ -11,7 +11,8 @@ the rule and `η` the learning rate, a block's step is `-α_b d_b`, where
 
 `b` is 1 where the lowest loss is known, and `_UNKNOWN` where it is not. There, in the first steps,
 and where the loss is never seen, `α_b` is `_BLIND` times the bound, with an average of
-`rms(d_b)` in the place of that of the batch. Why each part is there stands in `docs/method.md`.
+`rms(d_b)` in the place of that of the batch, and yet within the bound. Why each part is
+there stands in `docs/method.md`.
 """
 
 from collections.abc import Callable
@@ -84,18 +85,19 @@ class StepSize:
         longest = learning_rate * (1 - momentum)
         polyak = (1 - momentum) * tf.math.divide_no_nan(scale, ratio)
         known = progress.lowest_known > 0
-        bound = tf.where(known, 1.0, _UNKNOWN) * longest
-        within = tf.minimum(polyak, tf.math.divide_no_nan(bound, tf.sqrt(squares)))
+        bound = tf.math.divide_no_nan(longest, tf.sqrt(squares))
+        within = tf.minimum(polyak, tf.where(known, 1.0, _UNKNOWN) * bound)
         blind = scale * _BLIND * tf.math.divide_no_nan(longest, tf.sqrt(usual))
         early = ~known & (progress.steps_seen <= _FIRST_STEPS)
-        return tf.where(early | ~progress.seen, blind, within)
+        return tf.where(early | ~progress.seen, tf.minimum(blind, bound), within)
 
 
 def _average(average: Any, count: Any, value: tf.Tensor, usable: tf.Tensor) -> tf.Tensor:
     """Moves an average if a value is usable, and returns what it was before, or the first value."""
+    usable &= tf.reduce_all(tf.math.is_finite(value))
     before = tf.where(count > 0, average.value, value)
     seen = count + tf.cast(usable, tf.float32)
     rate = tf.maximum(1 - _DECAY, _START / (seen + _START - 1))
-    average.assign_add(tf.where(usable, rate, 0.0) * (value - average))
+    average.assign_add(tf.where(usable, rate * (value - average), 0.0))
     count.assign(seen)
     return before

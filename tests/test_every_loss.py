@@ -30,8 +30,7 @@ CASES = {
     "CategoricalFocalCrossentropy": ("softmax", ONE_HOT),
     "CategoricalGeneralizedCrossEntropy": ("softmax", LABELS),
     "CategoricalHinge": (None, ONE_HOT),
-    # It asks for outputs of length one.
-    "Circle": (keras.ops.normalize, LABELS),
+    "Circle": (None, LABELS),
     "CosineSimilarity": (None, SCORES),
     "Dice": ("sigmoid", ONE_HOT),
     "Hinge": (None, SIGNS),
