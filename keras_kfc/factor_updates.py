@@ -96,8 +96,10 @@ class FactorUpdates(PreconditionedStep):
 
         def update():
             sample = draw_examples(batch_size, self.factor_samples, self._step_seed())
-            decay = self._decay_of_factors(sample.size)
-            refused = preconditioner.accumulate(capture, sample, gammas, decay)
+            # The other replicas have as many.
+            examples = sample.size * count_replicas()
+            decay = self._decay_of_factors(examples)
+            refused = preconditioner.accumulate(capture, sample, gammas, examples, decay)
             self.skipped_factor_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 

@@ -97,6 +97,7 @@ class Preconditioner:
         capture: Capture,
         sample: ExampleSample,
         gammas: Callable[[ExampleSample, Mapping[int, Partition]], Mapping[int, OutputFactor]],
+        examples: tf.Tensor,
         decay: tf.Tensor,
     ) -> tf.Tensor:
         """Moves all factors towards those of one batch.
@@ -106,6 +107,7 @@ class Preconditioner:
             sample: The examples of it to use.
             gammas: Function from the sample and the layouts of the wanted factors, by record
                 key, to the output factors; a record that it leaves out is not updated.
+            examples: Number of examples that they count as, a scalar.
             decay: What is left of the weight of former batches, a scalar.
 
         Returns:
@@ -121,7 +123,7 @@ class Preconditioner:
         # input of one layer is broken, the batch is.
         sound = all_finite([use.dense_inputs() for own in uses.values() for use in own])
         refused = [
-            blocks[key].accumulate(omegas[key], factor.gamma, sample.size, decay, sound)
+            blocks[key].accumulate(omegas[key], factor.gamma, examples, decay, sound)
             for key, factor in factors.items()
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
