@@ -13,7 +13,7 @@ Where `L₀` is out of reach (noisy targets, a net that is too small), steps in 
 would keep the loss up for good, and where the net fits ever more of the data, larger ones
 would do. So after the start `E` is multiplied by how fast it falls, compared with an ordinary fall:
 
-    x_r, x_p   means of the loss weighted by t^9 and by t: over recent steps and past ones
+    _r, _p     means of `E` or `L` weighted by t^9 and by t: over recent steps and past ones
     P          log(E_p / E_r) / 0.4
     pace       w + (1 - w) 3 P,     w = min(1, 100 / steps)
     G          E pace                                                  where L₀ is known
