@@ -239,10 +239,14 @@ class FactorUpdates(PreconditionedStep):
         scale = 1.0 if self.loss_scale_factor is None else float(self.loss_scale_factor)
         outer = getattr(capture.model, "optimizer", None)
         half = any(r.uses[0].pre_activation.dtype == tf.float16 for r in capture.records.values())
-        if outer is None and half:
+        # Nobody can tell the scale. Nothing depends on it where damping is relative and steps
+        # have the length of the bound.
+        if outer is None and half and not (self.scale_free and self.polyak is not None):
             raise ValueError(
                 "KFC cannot tell the loss scale of a train step in float16 that calls parts of "
-                "the model. Call the whole model, or use `keras_kfc.Capture` in the train step."
+                "the model, and `scale_free=False` and `polyak=None` depend on it. Call the whole "
+                "model, use `keras_kfc.Capture` in the train step, or leave these arguments at "
+                f"their defaults. Received: scale_free={self.scale_free}, polyak={self.polyak}"
             )
         if outer is not None and outer is not self and kronecker_optimizer(outer) is self:
             scale *= tf.cast(outer.dynamic_scale, tf.float32)

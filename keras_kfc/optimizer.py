@@ -68,7 +68,7 @@ class KFC(FactorUpdates):
     `n = 1 - min(1, 2 (L - L₀) / Σ d·D)`, since a quadratic loss without noise has
     `Σ d·D = 2 (L - L₀)`. Without decay, nets were less accurate on new data than Adam's at
     the same training loss; where there is no noise, nothing is there to be learned by heart.
-    Where `L₀` is not known, `n` is 1.
+    Where `L₀` is not known, they decay as all other variables do.
 
     All this is free of scale: `λ` is `damping` times the mean eigenvalue of the layer's own
     block by default, and a loss weight changes nothing.
@@ -91,7 +91,7 @@ class KFC(FactorUpdates):
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov
             damping `λ`, in units of the mean eigenvalue of the layer's block
             (absolute if `scale_free=False`). Can be read and set during
-            training. Defaults to `0.1`.
+            training. Defaults to `0.2`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether to use Nesterov momentum. Defaults to `True`.
         polyak: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss above
@@ -183,7 +183,7 @@ class KFC(FactorUpdates):
     def __init__(
         self,
         learning_rate=0.03,
-        damping=0.1,
+        damping=0.2,
         momentum=0.9,
         nesterov=True,
         polyak=1.0,

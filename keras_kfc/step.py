@@ -92,6 +92,7 @@ class PreconditionedStep(ResumableOptimizer):
             if directions:
                 rates, share = self._rates(learning_rate, quadratic, promise, directions)
             fallback_rate = self.fallback_lr_ratio * learning_rate
+            plain_decay = _PLAIN_DECAY * fallback_rate
             noise = self._noise(promise)
             corrections = bias_corrections(self.iterations + 1)
             changes = []
@@ -108,11 +109,11 @@ class PreconditionedStep(ResumableOptimizer):
                         index, variable, gradient, corrections, fallback_rate
                     )
                 if self._decays(variable) and index not in looked_up:
-                    rate = (
-                        rates[index] * noise / (1 - self.momentum)
-                        if index in directions
-                        else _PLAIN_DECAY * fallback_rate
-                    )
+                    rate = plain_decay
+                    if index in directions:
+                        # Steps have the units of the curvature where a lowest loss is known.
+                        natural = rates[index] * noise / (1 - self.momentum)
+                        rate = tf.where(self.progress.measured_from_lowest, natural, plain_decay)
                     change -= tf.cast(self.weight_decay * rate, variable.dtype) * variable
                 self.assign_add(variable, change)
                 changes.append(change)
@@ -137,7 +138,7 @@ class PreconditionedStep(ResumableOptimizer):
         )
 
     def _noise(self, promise):
-        """Share of noise in the gradient, in [0, 1], or 1 where the lowest loss is not known.
+        """Share of noise in the gradient, in [0, 1], where the lowest loss is known.
 
         A quadratic loss without noise has `g · F⁻¹ g = 2 (L - L₀)`.
 
@@ -145,7 +146,7 @@ class PreconditionedStep(ResumableOptimizer):
             promise: `g · F⁻¹ g` of the gradient as it was before clipping, a scalar.
         """
         without = tf.math.divide_no_nan(2 * self.progress.excess.value, tf.maximum(promise, 0.0))
-        return tf.where(self.progress.measured_from_lowest, 1 - tf.minimum(1.0, without), 1.0)
+        return 1 - tf.minimum(1.0, without)
 
     def _refresh_inverses(self):
         preconditioner = self._preconditioner

@@ -153,8 +153,8 @@ def test_weight_decay_is_decoupled_and_leaves_out_biases_and_what_is_excluded():
     _, _, plain = after_one_step(None)
     paths, start, decayed = after_one_step(0.5)
     for name, before, free, after in zip(paths, start, plain, decayed, strict=True):
-        rates = {"hidden/kernel": 0.03 / (1 - 0.6), "other/kernel": 0.2 * 0.2 * 0.03}
-        rate = sum(rate for ending, rate in rates.items() if name.endswith(ending))
+        # The lowest value of such a loss is not known.
+        rate = 0.2 * 0.2 * 0.03 * name.endswith(("hidden/kernel", "other/kernel"))
         np.testing.assert_allclose(after - free, -0.5 * rate * before, atol=1e-6, err_msg=name)
 
 
@@ -276,7 +276,7 @@ def test_options_together():
 
 def test_schedules_follow_the_iterations(reference):
     constant = keras.optimizers.schedules.PiecewiseConstantDecay
-    same = kfc(learning_rate=constant([2], [0.03, 0.03]), damping=constant([2], [0.1, 0.1]))
+    same = kfc(learning_rate=constant([2], [0.03, 0.03]), damping=constant([2], [0.2, 0.2]))
     assert_equal_weights(fitted(same), reference)
     stopped = kfc(learning_rate=constant([1], [0.03, 0.0]), momentum=0.0)
     one_step = net()
@@ -290,5 +290,5 @@ def test_schedules_follow_the_iterations(reference):
     # The normalisation goes on, by the fallback rule.
     assert_equal_weights(stopped.get_layer("hidden"), one_step.get_layer("hidden"))
     assert_equal_weights(stopped.get_layer("head"), one_step.get_layer("head"))
-    damped = kfc(damping=constant([0], [0.1, 5.0]))
+    damped = kfc(damping=constant([0], [0.2, 5.0]))
     assert_other_weights(fitted(damped), reference)

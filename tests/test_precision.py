@@ -161,37 +161,62 @@ def test_training_arrives_where_float32_does(policy):
     )
 
 
-@pytest.mark.parametrize("built", [True, False])
-def test_parts_of_a_float16_model_say_what_to_do(built):
-    """There nobody can tell what the loss was multiplied by."""
+class OnlyParts(keras.Model):
+    """Its train step calls a layer of the model, not the model, so that nobody sees its loss."""
 
-    class Wrapper(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.part = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
+    def __init__(self):
+        super().__init__()
+        self.part = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras_kfc.layers.Dense(8, activation="tanh"),
+                keras_kfc.layers.Dense(2),
+            ]
+        )
 
-        def call(self, inputs):
-            return self.part(inputs)
+    def call(self, inputs):
+        return self.part(inputs)
 
-        def train_step(self, data):
-            x, y = data
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_mean(tf.square(y - tf.cast(self.part(x), tf.float32)))
-                scaled = self.optimizer.scale_loss(loss)
-            gradients = tape.gradient(scaled, self.trainable_variables)
-            self.optimizer.apply(gradients, self.trainable_variables)
-            return {"loss": loss}
+    def train_step(self, data):
+        x, y = data[:2]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(y - tf.cast(self.part(x, training=True), tf.float32)))
+            scaled = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"error": loss}
 
+
+def parts_in_float16(scale, **options):
     keras.config.set_dtype_policy("mixed_float16")
-    model, x = Wrapper(), np.ones((8, 4), "float32")
-    model(x)
-    model.compile(KFC(), "mse")
-    if built:
-        model.optimizer.build(model.trainable_variables)
+    keras.utils.set_random_seed(1)
+    model = OnlyParts()
+    model(np.ones((8, 4), "float32"))
+    optimizer = keras.optimizers.LossScaleOptimizer(KFC(seed=1, **options), initial_scale=scale)
+    model.compile(optimizer, "mse")
+    return model
+
+
+def fitted_in_float16(model):
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    history = model.fit(x, x[:, :2] ** 2, batch_size=32, epochs=30, shuffle=False, verbose=0)
+    return history.history.get("error"), np.concatenate([w.ravel() for w in model.get_weights()])
+
+
+def test_a_loss_scale_that_nobody_can_tell_changes_nothing():
+    losses, weights = fitted_in_float16(parts_in_float16(2.0))
+    others, other_weights = fitted_in_float16(parts_in_float16(2.0**10))
+    assert losses[-1] < 0.5 * losses[0]
+    np.testing.assert_allclose(others, losses, rtol=0.05)
+    np.testing.assert_allclose(other_weights, weights, atol=0.03)
+
+
+@pytest.mark.parametrize("options", [{"scale_free": False}, {"polyak": None}])
+def test_options_that_depend_on_a_loss_scale_that_nobody_can_tell_say_what_to_do(options):
+    model = parts_in_float16(2.0, **options)
     with pytest.raises(ValueError, match=r"cannot tell the loss scale.*`keras_kfc\.Capture"):
-        model.fit(x, np.ones((8, 2)), verbose=0)
-    # A second call of the same, with the whole model, trains.
-    model.optimizer = keras.optimizers.LossScaleOptimizer(KFC(), initial_scale=2.0)
+        fitted_in_float16(model)
+    # The same model trains where the train step calls the whole of it.
     model.train_step = keras.Model.train_step.__get__(model)
     model.train_function = None
-    assert np.isfinite(model.fit(x, np.ones((8, 2)), verbose=0).history["loss"][0])
+    assert np.isfinite(fitted_in_float16(model)[1]).all()

@@ -86,6 +86,29 @@ def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
     np.testing.assert_allclose(weights, solution, atol=1e-2)
 
 
+def test_the_unit_of_a_loss_whose_lowest_value_is_not_known_changes_nothing():
+    """Nor does it change how fast weights decay."""
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(64, 3)).astype("float32"), rng.normal(size=(64, 1)).astype("float32")
+
+    def trained(unit):
+        def minus_covariance(y_true, y_pred):
+            return -unit * tf.reduce_mean((y_true - tf.reduce_mean(y_true)) * tf.tanh(y_pred))
+
+        keras.utils.set_random_seed(1)
+        layers = [keras_kfc.layers.Dense(8, activation="tanh"), keras_kfc.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((3,)), *layers])
+        model.compile(keras_kfc.KFC(weight_decay=1.0, seed=3), minus_covariance)
+        start = model.get_weights()
+        model.fit(x, y, batch_size=32, epochs=30, shuffle=False, verbose=0)
+        return start, model.get_weights()
+
+    (start, one), (_, thousand) = trained(1.0), trained(1000.0)
+    for before, some, others in zip(start, one, thousand, strict=True):
+        assert relative_error(some, before) > 0.05
+        np.testing.assert_allclose(others, some, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("soft", "momentum", "nesterov"),
     [(True, 0.0, True), (True, 0.9, True), (True, 0.9, False), (False, 0.9, True)],

@@ -25,6 +25,7 @@ def main() -> None:
         if (not arguments.tasks or name in arguments.tasks)
         and (arguments.part == "all" or task.held_out == (arguments.part == "held-out"))
         for batch, steps in zip(task.batches, task.steps, strict=True)
+        if not arguments.batch_sizes or batch in arguments.batch_sizes
     ]
     # Not forked, which TensorFlow does not bear.
     context = multiprocessing.get_context("spawn")
@@ -52,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="*", default=[], choices=list(TASKS), metavar="TASK")
     parser.add_argument("--part", choices=("all", "tuning", "held-out"), default="all")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[], metavar="SIZE")
     parser.add_argument("--kfc", default="KFC()", help="the call of the optimizer to compare")
     parser.add_argument(
         "--constant",

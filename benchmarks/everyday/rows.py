@@ -90,8 +90,10 @@ def _baseline(task: Task, job: Job, family: str) -> dict[str, list[Run]]:
     safe = "".join(letter if letter.isalnum() else "-" for letter in task.name)
     path = job.output / "baselines" / f"{safe}-{job.batch}-{family}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    wanted = {"steps": job.steps, "seeds": list(job.seeds), "rates": list(RATES[family])}
-    if {key: known.get(key) for key in wanted} != wanted:
+    wanted = {"steps": job.steps, "rates": list(RATES[family])}
+    if {key: known.get(key) for key in wanted} != wanted or not (
+        set(job.seeds) <= set(known["seeds"])
+    ):
         options = {"momentum": 0.9} if family == "SGD" else {}
         kind = getattr(keras.optimizers, family)
         trainer = Trainer(
@@ -99,6 +101,7 @@ def _baseline(task: Task, job: Job, family: str) -> dict[str, list[Run]]:
         )
         known = {
             **wanted,
+            "seeds": list(job.seeds),
             "runs": {
                 f"{family}({rate:g})": [
                     dataclasses.asdict(trainer.run(seed, rate)) for seed in job.seeds
@@ -108,4 +111,7 @@ def _baseline(task: Task, job: Job, family: str) -> dict[str, list[Run]]:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known))
-    return {name: [Run(**run) for run in runs] for name, runs in known["runs"].items()}
+    return {
+        name: [Run(**runs[known["seeds"].index(seed)]) for seed in job.seeds]
+        for name, runs in known["runs"].items()
+    }
