@@ -1,5 +1,6 @@
 """How the optimizer learns of forward passes and takes factors from them."""
 
+import contextlib
 import logging
 import math
 
@@ -9,9 +10,10 @@ import tensorflow as tf
 from keras_kfc.attainable import attainable_loss
 from keras_kfc.capture import Capture
 from keras_kfc.derivatives import output_derivatives
-from keras_kfc.layers import INSTRUMENTED, layers_in, told_to_fall_back
+from keras_kfc.layers import INSTRUMENTED, blocks_among, layers_in, told_to_fall_back
 from keras_kfc.left_out import leave_out_what_has_no_statistics
 from keras_kfc.losses import compile_loss, loss_terms
+from keras_kfc.outside_trace import outside_of_the_trace
 from keras_kfc.pending import PendingCaptures, kronecker_optimizer, take_pending
 from keras_kfc.replicas import count_replicas, replica_number, sum_over_replicas
 from keras_kfc.statistics import batch_gammas, batch_size_of, draw_examples, ordinary_gammas
@@ -145,12 +147,17 @@ class FactorUpdates(PreconditionedStep):
             trainable_variables: The variables they belong to; optional once
                 the optimizer is built.
         """
+        capture = take_pending(self)
+        # The step will be traced once more.
         built_now = not self.built
         if not self.built and trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-            with keras.name_scope(self.name, caller=self):
+            with contextlib.ExitStack() as stack:
+                if self._has_seen_all(capture, trainable_variables):
+                    stack.enter_context(outside_of_the_trace())
+                    built_now = False
+                stack.enter_context(keras.name_scope(self.name, caller=self))
                 self.build(trainable_variables)
-        capture = take_pending(self)
         if self.built:
             grads = list(grads)
             leave_out_what_has_no_statistics(self, capture, grads, trainable_variables, built_now)
@@ -160,6 +167,16 @@ class FactorUpdates(PreconditionedStep):
                 self._preconditioner.forget_captured()
         self._tell_what_falls_back(None if capture is None else capture.model)
         super().apply(grads, trainable_variables)
+
+    def _has_seen_all(self, capture, variables):
+        """Whether a capture has all that a train step uses, which need not be traced again then.
+
+        What parts of a model do is not recorded before their kernels have an optimizer.
+        """
+        if capture is None or capture.loss is None or tf.distribute.has_strategy():
+            return False
+        kernels = {id(variables[index]) for index, _, _ in blocks_among(variables)}
+        return kernels <= set(capture.records)
 
     def _tell_what_falls_back(self, model):
         """Says once if layers that could have a block have none, and nobody asked for that."""

@@ -17,8 +17,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.ops.resource_variable_ops import default_variable_creator_v2
 
+from keras_kfc.outside_trace import outside_of_the_trace
 from keras_kfc.replicas import count_replicas
 
 _LAYOUT = "layout"
@@ -164,8 +164,7 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         # Momentum is another thing to the fallback rule.
         theirs |= {id(self._momentums[i]) for i in changed}
         attributes = {name: self.__dict__[name] for name in _KEPT}
-        # Functions that are being traced refuse variables that they do not know of.
-        with tf.init_scope(), tf.variable_creator_scope(_plain_variable):
+        with outside_of_the_trace():
             values = [v.numpy() for v in self.variables if id(v) not in theirs]
             self._left_out |= kernels
             self.rebuild(self._trainable_variables)
@@ -277,10 +276,6 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             f"Skipping variable loading for optimizer '{self.name}', because {reason}.",
             stacklevel=4,
         )
-
-
-def _plain_variable(next_creator: Any, **arguments: Any) -> tf.Variable:
-    return default_variable_creator_v2(**arguments)
 
 
 def _role(variable: keras.Variable) -> str:
