@@ -47,6 +47,8 @@ CASES = {
     "Tversky": ("sigmoid", ONE_HOT),
 }
 EMPIRICAL = {"CTC", "Circle", "Dice", "Tversky"}
+# One of each kind; the others are a slow test.
+QUICK = {"CTC", "Dice", "Huber", "KLDivergence", "MeanAbsoluteError"}
 
 
 def exported_losses():
@@ -83,7 +85,10 @@ def test_every_loss_of_keras_has_a_case():
     assert exported_losses() == set(CASES)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES],
+)
 def test_every_loss_of_keras_trains(name, caplog):
     activation, targets = CASES[name]
     inputs = SEQUENCES if name == "CTC" else X
@@ -123,7 +128,7 @@ class Own(keras.losses.Loss):
         return tf.reduce_mean(tf.square(y_true - y_pred) ** 2, axis=-1)
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", [in_batch_contrast, scalar, elementwise, Own()])
 def test_losses_of_a_users_own_train_and_one_line_tells(loss, fisher, caplog):
     with caplog.at_level(logging.INFO, "keras_kfc"):

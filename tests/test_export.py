@@ -86,7 +86,9 @@ def by_export_archive(model, folder):
     archive.write_out(folder, verbose=False)
 
 
-@pytest.mark.parametrize("export", [by_model_export, by_export_archive])
+@pytest.mark.parametrize(
+    "export", [by_model_export, pytest.param(by_export_archive, marks=pytest.mark.slow)]
+)
 def test_saved_model_is_that_of_the_plain_model(export, models, tmp_path):
     images, _ = nets.image_batch(seed=5)
     np.save(tmp_path / "images.npy", images)
@@ -133,6 +135,7 @@ def by_litert_export(model, tmp_path):
     return (tmp_path / "model.tflite").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("convert", [by_converter, by_litert_export])
 def test_tflite_is_that_of_the_plain_model(convert, models, tmp_path):
@@ -150,6 +153,7 @@ def test_tflite_is_that_of_the_plain_model(convert, models, tmp_path):
 SHAPE_ARITHMETIC = {"Cast", "Concat", "Gather", "Shape", "Slice"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_is_that_of_the_plain_model(models, tmp_path):
     images, _ = nets.image_batch(seed=5)

@@ -223,7 +223,8 @@ def hidden_gamma_and_ggn(loss, y, activation, positions=(), mask=None, **argumen
     model = keras.Sequential(stack)
     model.get_layer("hidden").set_weights([np.eye(4)])
     optimizer = keras_kfc.KFC(fisher="exact", factor_update_period=1)
-    model.compile(optimizer=optimizer, loss=loss)
+    # One step: tracing it would take longer.
+    model.compile(optimizer=optimizer, loss=loss, run_eagerly=True)
     point = tf.Variable(inputs)
     kernel, bias = map(tf.constant, model.layers[-1].get_weights())
     weights = arguments.get("sample_weight")

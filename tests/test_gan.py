@@ -182,6 +182,7 @@ def test_factors_of_a_gan_are_those_of_each_network_and_its_own_loss(order, mode
     assert {record.getMessage()[:30] for record in ours} == {"KFC uses the empirical Fisher "}
 
 
+@pytest.mark.slow
 def test_a_gan_trains():
     model = GAN("discriminator first")
     model.compile(lambda: keras_kfc.KFC(seed=1))

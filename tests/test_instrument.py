@@ -304,6 +304,7 @@ def test_keras_applications_are_covered_and_serve_the_same(application):
     np.testing.assert_array_equal(model(images).numpy(), before)
 
 
+@pytest.mark.slow
 def test_an_application_trains():
     keras.utils.set_random_seed(3)
     model = keras.applications.MobileNet(

@@ -36,18 +36,17 @@ def twins(name, options):
     return pair
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize(("name", "options", "shape"), CASES)
-def test_layers_train_as_keras_layers_do(name, options, shape, optimizer):
+def test_layers_train_as_keras_layers_do(name, options, shape):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(6, *shape)).astype("float32")
     results = []
     for layer in twins(name, options):
         model = keras.Sequential([keras.Input(shape), layer, plain_layers.Flatten()])
         y = np.ones(model.output_shape[1:], "float32")[None].repeat(6, 0)
-        model.compile(optimizer, "mse")
+        model.compile("adam", "mse")
         losses = model.fit(x, y, epochs=3, shuffle=False, verbose=0).history["loss"]
-        results.append((losses, model.predict(x, verbose=0), *model.get_weights()))
+        results.append((losses, model(x).numpy(), *model.get_weights()))
     for plain, capturing in zip(*results, strict=True):
         np.testing.assert_array_equal(capturing, plain)
 

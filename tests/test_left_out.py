@@ -45,6 +45,7 @@ def solve(model, optimizer, steps, eager=False):
     return float(np.mean([float(step()) for _ in range(steps)][-20:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("built", [True, False])
 def test_a_differential_equation_is_solved_as_well_as_by_adam(built, caplog):
     model, optimizer = keras_kfc.instrument(field()), keras_kfc.KFC(seed=1)

