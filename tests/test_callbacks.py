@@ -52,7 +52,10 @@ def test_watching_changes_nothing():
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow), {"run_eagerly": True}],
+)
 def test_norm_of_the_update_is_that_of_the_change_of_the_weights(options):
     model, steps = compiled(**options), Steps()
     history = fit(model, epochs=3, callbacks=[steps, CurvatureMonitor("none")]).history

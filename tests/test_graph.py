@@ -78,7 +78,7 @@ def test_factors_are_not_read_outside_of_branches():
     assert "ReadVariableOp" in users["omega_inverse"]
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nothing_is_traced_again(jit_compile):
     images, labels = image_batch(128)
     model = conv_net()

@@ -255,11 +255,13 @@ def test_ways_to_run_a_step_make_no_difference(options, reference):
     assert_equal_weights(fitted(**options), reference)
 
 
+@pytest.mark.slow
 def test_xla_makes_no_difference_but_for_its_draws():
     exact = fitted(kfc(fisher="exact"))
     assert_equal_weights(fitted(kfc(fisher="exact"), jit_compile=True), exact, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_options_together():
     """Accumulation, clipping, decay, average and XLA in one program, against eager mode."""
     optimizer = {

@@ -80,6 +80,7 @@ def test_training_with_a_sample_learns_and_a_sample_of_all_changes_nothing():
     assert relative_error(weights[8], weights[None]) > 1e-3
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_under_xla():
     model = conv_net()
     train(model, keras_kfc.KFC(factor_samples=8, seed=1), steps=8, jit_compile=True)
