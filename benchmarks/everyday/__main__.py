@@ -18,7 +18,7 @@ from benchmarks.harness import OUTPUT, describe_machine
 def main() -> None:
     """Trains what is missing, and prints the table."""
     arguments = _arguments()
-    constants = {name: float(value) for name, value in arguments.constants}
+    constants = {name: json.loads(value) for name, value in arguments.constants}
     jobs = [
         Job(name, batch, steps, arguments.kfc, tuple(arguments.seeds), arguments.output, constants)
         for name, task in TASKS.items()
