@@ -13,9 +13,9 @@ import tensorflow as tf
 from benchmarks.harness import interleaved, report
 from benchmarks.step import NETS
 from keras_kfc import instrument
-from keras_kfc.layers import KroneckerLayer
-from keras_kfc.linalg import damped_inverse, invert_blocks
-from keras_kfc.partition import partition_of
+from keras_kfc.curvature.layout import partition_of
+from keras_kfc.layers.instrumented import KroneckerLayer
+from keras_kfc.linalg.inverse import damped_inverse, invert_blocks
 
 SIZES = (65, 145, 289, 401, 577, 801, 1001)
 # In units of the mean eigenvalue: KFC's default, and a small one.
@@ -67,9 +67,7 @@ def measure_net(name: str, repeats: int) -> dict[str, Any]:
     """All blocks of a network: one stack for each size of factor, or each factor alone."""
     model = instrument(NETS[name]())
     layers: list[Any] = [layer for layer in model.layers if isinstance(layer, KroneckerLayer)]
-    partitions = [
-        partition_of(layer.kronecker_geometry, layer.bias is not None, None) for layer in layers
-    ]
+    partitions = [partition_of(layer.linear_map, layer.bias is not None, None) for layer in layers]
     omegas = [factor(part.omega_shape[1], part.omega_shape[0]) for part in partitions]
     gammas = [factor(part.gamma_shape[1], part.gamma_shape[0]) for part in partitions]
     shapes = [part.block_shape for part in partitions]

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.harness import interleaved, report
 from benchmarks.step import NETS, Training
-from keras_kfc.callbacks import SPECTRA, CurvatureMonitor
+from keras_kfc.monitor.callbacks import SPECTRA, CurvatureMonitor
 
 # As many as all of KFC's periods divide.
 STEPS = 20

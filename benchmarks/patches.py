@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.harness import in_child_process, interleaved, memory_of_process, report
-from keras_kfc.patches import FORMS, patch_second_moment
+from keras_kfc.patches.moment import FORMS, patch_second_moment
 
 
 @dataclasses.dataclass(frozen=True)

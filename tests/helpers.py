@@ -30,7 +30,7 @@ def write_idx(path, array, kind=8):
 
 def squared_fisher_norm(block, step):
     """`vᵀ F v` of a step of kernel and bias, by a block's damped factors, in float64."""
-    joint = block.geometry.to_joint(*map(tf.constant, step))[0].numpy().astype("float64")
+    joint = block.linear_map.stack_bias(*map(tf.constant, step))[0].numpy().astype("float64")
     omega, gamma = (
         np.linalg.inv(part[0].numpy().astype("float64"))
         for part in (block.omega_inverse, block.gamma_inverse)

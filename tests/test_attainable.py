@@ -9,8 +9,9 @@ import tensorflow as tf
 from helpers import squared_fisher_norm
 
 import keras_kfc
-from keras_kfc.attainable import attainable_loss
-from keras_kfc.losses import compile_loss, loss_terms
+from keras_kfc._compat.keras_internals import compile_loss
+from keras_kfc.losses.lowest import attainable_loss
+from keras_kfc.losses.terms import loss_terms
 
 RNG = np.random.default_rng(0)
 SOFT = RNG.dirichlet(np.ones(4), size=6).astype("float32")

@@ -11,10 +11,11 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.derivatives import output_derivatives
-from keras_kfc.losses import compile_loss, loss_terms
-from keras_kfc.partition import Partition
-from keras_kfc.statistics import ExampleSample, batch_gammas
+from keras_kfc._compat.keras_internals import compile_loss
+from keras_kfc.curvature.layout import Partition
+from keras_kfc.losses.derivatives import output_derivatives
+from keras_kfc.losses.terms import loss_terms
+from keras_kfc.passes.statistics import ExampleSample, batch_gammas
 
 RNG = np.random.default_rng(0)
 EXAMPLES, POSITIONS, CHANNELS = 6, 2, 3
@@ -75,7 +76,7 @@ def draws_of(fisher, count):
     capture, outputs, *_ = captured()
     terms = loss_terms(compile_loss("mse"), tf.constant(Y), outputs)
     (key, record), *_ = capture.records.items()
-    partitions = {key: Partition(record.geometry, record.has_bias)}
+    partitions = {key: Partition(record.linear_map, record.has_bias)}
     sample = ExampleSample(tf.constant(EXAMPLES))
     return np.stack(
         [
@@ -113,7 +114,7 @@ def test_signs_square_away_without_a_batch_normalisation():
         outputs = head(tf.tanh(layer(X)))
     terms = loss_terms(compile_loss("mse"), tf.constant(Y), outputs)
     (key, record), *_ = capture.records.items()
-    partitions = {key: Partition(record.geometry, record.has_bias)}
+    partitions = {key: Partition(record.linear_map, record.has_bias)}
     gammas = [
         batch_gammas(
             capture,

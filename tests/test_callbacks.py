@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import keras_kfc
 from keras_kfc import KFC
-from keras_kfc.callbacks import CurvatureMonitor
+from keras_kfc.monitor.callbacks import CurvatureMonitor
 
 LOSS = "sparse_categorical_crossentropy"
 
@@ -190,14 +190,14 @@ def test_monitor_under_loss_scaling_and_accumulation():
 
 def test_other_optimizers_and_bad_arguments_are_refused(tmp_path):
     model = compiled("adam")
-    for callback in (CurvatureMonitor(), keras_kfc.callbacks.FactorPictures(tmp_path)):
+    for callback in (CurvatureMonitor(), keras_kfc.monitor.FactorPictures(tmp_path)):
         with pytest.raises(ValueError, match=r"compiled with `keras_kfc.KFC`.*Received"):
             fit(model, callbacks=[callback])
     with pytest.raises(ValueError, match=r"`spectrum` must be one of.*Received: spectrum='all'"):
         CurvatureMonitor("all")
     for every, error in ((0, ValueError), ("often", TypeError)):
         with pytest.raises(error, match="`every`"):
-            keras_kfc.callbacks.FactorPictures(tmp_path, every=every)
+            keras_kfc.monitor.FactorPictures(tmp_path, every=every)
 
 
 def test_without_blocks_no_step_is_shortened():
@@ -245,5 +245,5 @@ def test_layers_of_one_path_have_numbers_of_their_own(tmp_path):
     x = np.ones((8, 3), "float32")
     history = model.fit(x, x, verbose=0, callbacks=[CurvatureMonitor()]).history
     assert sum(name.endswith("omega_condition") for name in history) == 2
-    files = keras_kfc.pictures.draw_factors(model, tmp_path)
+    files = keras_kfc.monitor.draw_factors(model, tmp_path)
     assert len(set(files)) == 2 and all(file.is_file() for file in files)

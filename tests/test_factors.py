@@ -9,8 +9,10 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import naive_gamma, naive_omega, relative_error, softmax
-from keras_kfc.factors import ConvGeometry, DenseGeometry, input_factor, output_factor
-from keras_kfc.patches import extract_patches
+from keras_kfc.maps.api import input_factor, output_factor
+from keras_kfc.maps.conv import Conv2DMap
+from keras_kfc.maps.dense import DenseMap
+from keras_kfc.patches.moment import extract_patches
 
 KERNELS = [(1, 1), (2, 2), (3, 3), (5, 5), (2, 3), (3, 1)]
 GEOMETRIES = [
@@ -39,7 +41,7 @@ def test_omega_equals_loops_over_positions(data_format, use_bias):
         expected = naive_omega(images, kernel, strides, padding, dilation, use_bias)
         if data_format == "channels_first":
             images = images.transpose(0, 3, 1, 2)
-        geometry = ConvGeometry(kernel, channels, 4, strides, padding, dilation, 1, data_format)
+        geometry = Conv2DMap(kernel, channels, 4, strides, padding, dilation, 1, data_format)
         omega = input_factor(geometry, [tf.constant(images)], 2, use_bias)
         case = (kernel, strides, padding, dilation, size, channels)
         assert omega.shape == (1, *expected.shape), case
@@ -49,7 +51,7 @@ def test_omega_equals_loops_over_positions(data_format, use_bias):
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_omega_of_grouped_convolution_has_a_block_for_each_group(padding):
     images = np.random.default_rng(0).normal(size=(3, 6, 5, 6)).astype("float32")
-    geometry = ConvGeometry((3, 2), 6, 8, padding=padding, groups=2)
+    geometry = Conv2DMap((3, 2), 6, 8, padding=padding, groups=2)
     omega = input_factor(geometry, [tf.constant(images)], 3, True)
     for group, channels in enumerate((slice(0, 3), slice(3, 6))):
         expected = naive_omega(images, (3, 2), (1, 1), padding, (1, 1), True, channels=channels)
@@ -58,10 +60,10 @@ def test_omega_of_grouped_convolution_has_a_block_for_each_group(padding):
 
 def test_gamma_is_a_mean_over_examples_and_positions():
     derivatives = np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype("float32")
-    gamma = output_factor(ConvGeometry((3, 3), 2, 6), [tf.constant(derivatives)])
+    gamma = output_factor(Conv2DMap((3, 3), 2, 6), [tf.constant(derivatives)])
     assert relative_error(gamma[0], naive_gamma(derivatives)) < 1e-6
     first = output_factor(
-        ConvGeometry((3, 3), 2, 6, data_format="channels_first"),
+        Conv2DMap((3, 3), 2, 6, data_format="channels_first"),
         [tf.constant(derivatives.transpose(0, 3, 1, 2))],
     )
     np.testing.assert_allclose(first, gamma, rtol=1e-6)
@@ -70,30 +72,30 @@ def test_gamma_is_a_mean_over_examples_and_positions():
 def test_dense_on_higher_ranks_counts_middle_axes_as_positions():
     rng = np.random.default_rng(0)
     inputs, derivatives = rng.normal(size=(4, 3, 2, 5)), rng.normal(size=(4, 3, 2, 7))
-    omega = input_factor(DenseGeometry(5, 7), [tf.constant(inputs)], 4, True)
+    omega = input_factor(DenseMap(5, 7), [tf.constant(inputs)], 4, True)
     rows = np.concatenate([inputs.reshape(4, 6, 5), np.ones((4, 6, 1))], axis=-1)
     expected = np.einsum("bti,btj->ij", rows, rows) / 4
     np.testing.assert_allclose(omega[0], expected, rtol=1e-12)
-    gamma = output_factor(DenseGeometry(5, 7), [tf.constant(derivatives)])
+    gamma = output_factor(DenseMap(5, 7), [tf.constant(derivatives)])
     np.testing.assert_allclose(gamma[0], naive_gamma(derivatives), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
     "geometry",
     [
-        DenseGeometry(5, 4),
-        ConvGeometry((2, 3), 4, 6),
-        ConvGeometry((2, 3), 4, 6, groups=2),
+        DenseMap(5, 4),
+        Conv2DMap((2, 3), 4, 6),
+        Conv2DMap((2, 3), 4, 6, groups=2),
     ],
 )
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_joint_matrix_splits_back(geometry, use_bias):
     rng = np.random.default_rng(0)
-    shape = (5, 4) if isinstance(geometry, DenseGeometry) else (2, 3, 4 // geometry.groups, 6)
+    shape = (5, 4) if isinstance(geometry, DenseMap) else (2, 3, 4 // geometry.groups, 6)
     kernel = tf.constant(rng.normal(size=shape))
     bias = tf.constant(rng.normal(size=shape[-1:])) if use_bias else None
-    joint = geometry.to_joint(kernel, bias)
-    kernel_back, bias_back = geometry.from_joint(joint)
+    joint = geometry.stack_bias(kernel, bias)
+    kernel_back, bias_back = geometry.unstack_bias(joint)
     np.testing.assert_array_equal(kernel_back, kernel)
     if use_bias:
         np.testing.assert_array_equal(bias_back, bias)
@@ -111,13 +113,13 @@ def test_rows_of_the_joint_matrix_match_the_patches():
     with tf.GradientTape() as tape:
         outputs = layer(images)
     kernel, bias = tape.gradient(outputs, [layer.kernel, layer.bias], output_gradients=derivatives)
-    geometry = layer.kronecker_geometry
+    geometry = layer.linear_map
     patches = extract_patches(images, (3, 2), padding="same", groups=2)
     ones = tf.ones((2, patches.shape[1], 1), tf.float64)
     expected = tf.matmul(
         tf.concat((patches, ones), -1), geometry.derivative_rows(derivatives), transpose_a=True
     )
-    np.testing.assert_allclose(geometry.to_joint(kernel, bias), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(geometry.stack_bias(kernel, bias), expected, rtol=1e-10, atol=1e-12)
 
 
 def two_layer_factors(fisher, seed=0, padding="same", copies=1):

@@ -12,8 +12,9 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import explicit_ggn, relative_error, softmax
-from keras_kfc.families import family_of
-from keras_kfc.losses import LossTerm, compile_loss
+from keras_kfc._compat.keras_internals import compile_loss
+from keras_kfc.losses.families import family_of
+from keras_kfc.losses.terms import LossTerm
 
 losses = keras.losses
 RNG = np.random.default_rng(3)

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import explicit_ggn, relative_error
-from keras_kfc.linalg import (
+from keras_kfc.linalg.inverse import (
     BlockShape,
     _invert_all_xla,
     block_damping,
@@ -122,7 +122,7 @@ def test_undamped_step_solves_linear_least_squares():
         (keras_kfc.KFC(1.0, damping=0.0, momentum=0.0, polyak=None, fisher="exact"), True),
         (keras.optimizers.SGD(1.0), False),
     ):
-        model = keras_kfc.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3)])
+        model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3)])
         model.compile(optimizer=optimizer, loss="mse")
         model.train_on_batch(inputs, targets)
         kernel, bias = model.get_weights()

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kfc
-from keras_kfc.capture import Capture
+from keras_kfc.passes.capture import Capture
 
 pytestmark = pytest.mark.slow
 

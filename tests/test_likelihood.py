@@ -13,10 +13,10 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import explicit_ggn, relative_error
-from keras_kfc.derivatives import output_derivatives
-from keras_kfc.families import family_of
-from keras_kfc.likelihood import distribution_of
-from keras_kfc.losses import LossTerm
+from keras_kfc.losses.derivatives import output_derivatives
+from keras_kfc.losses.families import family_of
+from keras_kfc.losses.likelihood import distribution_of
+from keras_kfc.losses.terms import LossTerm
 
 
 def block_and_ggn(loss, targets, *, activation=None, units=3, shape=(4,), weights=None, **compiled):
@@ -252,7 +252,7 @@ def test_draws_of_a_step_do_not_return_in_another_output_of_the_next():
 
 
 def test_other_losses_train_with_the_empirical_fisher():
-    model = keras_kfc.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
+    model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
     model.compile(optimizer=keras_kfc.KFC(fisher="empirical"), loss="huber")
     x = np.random.default_rng(0).normal(size=(64, 4))
     history = model.fit(x, x[:, :2], epochs=20, verbose=0)
@@ -261,7 +261,7 @@ def test_other_losses_train_with_the_empirical_fisher():
 
 def test_empirical_weights_scale_one_examples_derivative_by_the_root():
     keras.config.set_floatx("float64")
-    model = keras_kfc.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3)])
+    model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3)])
     optimizer = keras_kfc.KFC(fisher="empirical")
     model.compile(optimizer=optimizer, loss="mse")
     x = np.random.default_rng(0).normal(size=(5, 4))

@@ -11,21 +11,22 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.factors import ConvGeometry, DenseGeometry
-from keras_kfc.linalg import BlockShape, invert_blocks
-from keras_kfc.partition import Partition, partition_of
+from keras_kfc.curvature.layout import Partition, partition_of
+from keras_kfc.linalg.inverse import BlockShape, invert_blocks
+from keras_kfc.maps.conv import Conv2DMap
+from keras_kfc.maps.dense import DenseMap
 
 CASES = [
-    (DenseGeometry(6, 4), 1, 1),
-    (DenseGeometry(6, 4), 3, 2),
-    (DenseGeometry(7, 5), 3, 2),
-    (ConvGeometry((2, 3), 4, 6), 2, 3),
-    (ConvGeometry((2, 3), 4, 5), 4, 2),
-    (ConvGeometry((2, 3), 5, 6), 2, 3),
-    (ConvGeometry((3, 2), 7, 6), 3, 1),
-    (ConvGeometry((2, 3), 8, 6, groups=2), 2, 3),
-    (ConvGeometry((2, 3), 8, 6, groups=2), 1, 2),
-    (ConvGeometry((2, 3), 8, 6, groups=2), 4, 1),
+    (DenseMap(6, 4), 1, 1),
+    (DenseMap(6, 4), 3, 2),
+    (DenseMap(7, 5), 3, 2),
+    (Conv2DMap((2, 3), 4, 6), 2, 3),
+    (Conv2DMap((2, 3), 4, 5), 4, 2),
+    (Conv2DMap((2, 3), 5, 6), 2, 3),
+    (Conv2DMap((3, 2), 7, 6), 3, 1),
+    (Conv2DMap((2, 3), 8, 6, groups=2), 2, 3),
+    (Conv2DMap((2, 3), 8, 6, groups=2), 1, 2),
+    (Conv2DMap((2, 3), 8, 6, groups=2), 4, 1),
 ]
 
 
@@ -55,7 +56,7 @@ def columns_of_parts(geometry, parts):
 
 def inputs_and_derivatives(geometry):
     rng = np.random.default_rng(0)
-    if isinstance(geometry, DenseGeometry):
+    if isinstance(geometry, DenseMap):
         return rng.normal(size=(9, geometry.inputs)), rng.normal(size=(9, geometry.outputs))
     images = rng.normal(size=(3, 5, 6, geometry.inputs))
     return images, rng.normal(size=(3, 4, 4, geometry.outputs))
@@ -111,7 +112,7 @@ def test_parts_are_damped_as_the_whole(relative, inputs, outputs, use_bias):
     derivatives = np.zeros((12, outputs))
     derivatives[::2, :half] = rng.normal(size=(6, half))
     derivatives[1::2, half:] = rng.normal(size=(6, outputs - half))
-    geometry = DenseGeometry(inputs, outputs)
+    geometry = DenseMap(inputs, outputs)
     joint = tf.constant(rng.normal(size=(1, inputs + use_bias, outputs)))
     results = []
     for parts in (1, 2):
@@ -174,18 +175,18 @@ def test_relative_damping_of_blocks_of_every_kind_together():
 
 def test_parts_stay_within_the_limit_and_are_as_few_as_possible():
     for limit, use_bias in itertools.product((8, 30, 100, 1000), (True, False)):
-        for geometry in (DenseGeometry(250, 130), ConvGeometry((3, 3), 24, 64)):
+        for geometry in (DenseMap(250, 130), Conv2DMap((3, 3), 24, 64)):
             partition = partition_of(geometry, use_bias, limit)
             single_channel = geometry.kernel_rows // geometry.inputs + use_bias
             assert partition.omega_shape[1] <= max(limit, single_channel)
             assert partition.gamma_shape[1] <= limit
-            if partition.input_parts > 1 and isinstance(geometry, DenseGeometry):
+            if partition.input_parts > 1 and isinstance(geometry, DenseMap):
                 fewer = Partition(geometry, use_bias, partition.input_parts - 1)
                 assert fewer.omega_shape[1] > limit
             if partition.output_parts > 1:
                 fewer = Partition(geometry, use_bias, 1, partition.output_parts - 1)
                 assert fewer.gamma_shape[1] > limit
-    assert partition_of(DenseGeometry(10**5, 10**5), True, None).input_parts == 1
+    assert partition_of(DenseMap(10**5, 10**5), True, None).input_parts == 1
 
 
 def wide_model():
@@ -244,7 +245,7 @@ def test_rows_that_fill_up_are_those_without_any_data(kind, max_dim):
         layer, shape = keras_kfc.layers.Conv2D(14, 2, groups=groups), (7, 5, 5, 14)
     inputs = tf.constant(rng.uniform(0.1, 1, size=shape).astype("float32"))
     derivatives = tf.ones_like(layer(inputs))
-    partition = partition_of(layer.kronecker_geometry, True, max_dim)
+    partition = partition_of(layer.linear_map, True, max_dim)
     omega = partition.omega([inputs], tf.constant(7)).numpy()
     gamma = partition.gamma([derivatives]).numpy()
     for factor, rows in ((omega, partition.omega_rows), (gamma, partition.gamma_rows)):

@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from conftest import naive_patches, output_geometry, relative_error
 from keras_kfc import patches
-from keras_kfc.autocorrelation import second_moment
-from keras_kfc.patch_costs import cheapest_views
-from keras_kfc.patch_geometry import axis_of, row_plan
-from keras_kfc.patches import FORMS, extract_patches, patch_second_moment
-from keras_kfc.row_views import spectral_views, window_views
+from keras_kfc.patches.autocorrelation import second_moment
+from keras_kfc.patches.costs import cheapest_views
+from keras_kfc.patches.geometry import axis_of, row_plan
+from keras_kfc.patches.moment import FORMS, extract_patches, patch_second_moment
+from keras_kfc.patches.row_views import spectral_views, window_views
 
 KERNELS = [(1, 1), (2, 2), (3, 3), (5, 5), (2, 3), (3, 1), (1, 4)]
 # Strides larger than the kernel, kernels larger than the map, maps of one pixel.

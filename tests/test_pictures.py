@@ -8,7 +8,7 @@ from helpers import run_python
 from matplotlib import image
 
 import keras_kfc
-from keras_kfc.pictures import _block_diagonal, _that_fit, draw_factors
+from keras_kfc.monitor.pictures import _block_diagonal, _that_fit, draw_factors
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def test_only_the_first_of_very_many_rows_are_shown():
 def test_the_callback_draws_every_so_many_epochs(tmp_path):
     model = nets.conv_net()
     model.compile(keras_kfc.KFC(), "sparse_categorical_crossentropy")
-    callback = keras_kfc.callbacks.FactorPictures(tmp_path, every=2)
+    callback = keras_kfc.monitor.FactorPictures(tmp_path, every=2)
     model.fit(*nets.image_batch(), epochs=5, verbose=0, callbacks=[callback])
     found = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.png"))
     assert found == [
@@ -103,7 +103,7 @@ import sys
 sys.modules["matplotlib"] = None
 import keras_kfc
 try:
-    keras_kfc.callbacks.FactorPictures("anywhere")
+    keras_kfc.monitor.FactorPictures("anywhere")
 except ImportError as error:
     print(error)
 """

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kfc
-from keras_kfc.progress import Progress
+from keras_kfc.steps.loss_trend import Progress
 
 # So many examples that the average of now has its shortest memory.
 BATCH = 64.0

@@ -82,7 +82,7 @@ def against_one_device(optimizer, **options):
     results = []
     for strategy in (tf.distribute.get_strategy(), two_replicas()):
         model = compiled(strategy, optimizer, **options)
-        monitor = keras_kfc.callbacks.CurvatureMonitor("none")
+        monitor = keras_kfc.monitor.CurvatureMonitor("none")
         history = fit(model, 3, callbacks=[monitor])
         numbers = [np.array(history.history[name]) for name in ("update_norm", "gradient_norm")]
         # The state that would be saved: factors averaged over the replicas.

@@ -113,9 +113,7 @@ def test_dense_takes_inputs_of_any_kind(kind):
 
 def test_broken_targets_skip_the_step_but_not_the_factors():
     """Sampled factors do not depend on the targets."""
-    model = compiled(
-        keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), loss="mse"
-    )
+    model = compiled(keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), loss="mse")
     x = np.random.default_rng(0).normal(size=(8, 3))
     model.train_on_batch(x, x[:, :2])
     weights = flat_weights(model)
@@ -129,7 +127,7 @@ def test_broken_targets_skip_the_step_but_not_the_factors():
 
 def test_dead_layers_stay_finite_and_revive():
     stack = conv_stack(batch_norm=False)
-    model = compiled(keras_kfc.Sequential(stack), weight_decay=None)
+    model = compiled(keras.Sequential(stack), weight_decay=None)
     images, labels = image_batch()
     stack[-1].set_weights([np.zeros_like(w) for w in stack[-1].get_weights()])
     convolution = stack[1].get_weights()[0]
@@ -174,9 +172,7 @@ def test_last_smaller_batch_has_the_factors_of_its_own_size():
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_inputs_of_extreme_scale(scale):
-    model = compiled(
-        keras_kfc.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), loss="mse"
-    )
+    model = compiled(keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)]), loss="mse")
     x = np.random.default_rng(0).normal(size=(16, 3))
     first = model.train_on_batch(x * scale, x[:, :2])
     for _ in range(60):

@@ -7,9 +7,10 @@ from nets import conv_net, image_batch, train
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.factors import ConvGeometry, DenseGeometry
-from keras_kfc.partition import Partition
-from keras_kfc.statistics import ExampleSample, draw_examples
+from keras_kfc.curvature.layout import Partition
+from keras_kfc.maps.conv import Conv2DMap
+from keras_kfc.maps.dense import DenseMap
+from keras_kfc.passes.statistics import ExampleSample, draw_examples
 
 BATCH = 6
 
@@ -27,12 +28,12 @@ def test_the_mean_over_all_samples_is_the_factor_of_the_batch(rows_per_example, 
     length = BATCH * rows_per_example
     cases = [
         (
-            DenseGeometry(3, 2),
+            DenseMap(3, 2),
             rng.normal(size=(length, 5, 3)),
             rng.normal(size=(length, 5, 2)),
         ),
         (
-            ConvGeometry((2, 2), 3, 2, padding="same"),
+            Conv2DMap((2, 2), 3, 2, padding="same"),
             rng.normal(size=(length, 4, 5, 3)),
             rng.normal(size=(length, 4, 5, 2)),
         ),

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.fallback import adam_step, bias_corrections
+from keras_kfc.optimizer.adam import adam_step, bias_corrections
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -11,7 +11,7 @@ from nets import conv_net, conv_stack, flat_weights, image_batch, train
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.step import _growing_gaps
+from keras_kfc.optimizer.update import _growing_gaps
 
 
 def kfc(**kwargs):
@@ -52,8 +52,8 @@ def test_models_built_in_any_way_train_alike(reference):
     inputs = outputs
     for layer in stack[1:]:
         outputs = layer(outputs)
-    functional = keras_kfc.Model(inputs, outputs)
-    assert type(functional) is keras_kfc.Functional
+    functional = keras.Model(inputs, outputs)
+    assert type(functional) is keras.Functional
     assert relative_error(train(functional, kfc()), reference) < 1e-6
 
 

@@ -62,7 +62,7 @@ def _arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar=("MODULE.NAME", "VALUE"),
-        help="another value for a constant of keras_kfc, such as step_size._DECAY 0.9",
+        help="another value for a constant of keras_kfc, such as steps.polyak._DECAY 0.9",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--processes", type=int, default=os.cpu_count())

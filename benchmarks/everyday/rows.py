@@ -38,7 +38,7 @@ class Job:
         seeds: Seeds of weights and batches.
         output: Folder of the results.
         constants: Constants of modules of keras_kfc that are to have other values, such as
-            `{"step_size._DECAY": 0.9}`.
+            `{"steps.polyak._DECAY": 0.9}`.
     """
 
     task: str
@@ -78,7 +78,7 @@ def _constants(values: Mapping[str, float]) -> Iterator[None]:
     """Gives module constants other values for the time being."""
     with contextlib.ExitStack() as stack:
         for path, value in values.items():
-            module, name = path.split(".")
+            module, name = path.rsplit(".", 1)
             owner = importlib.import_module(f"keras_kfc.{module}")
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)

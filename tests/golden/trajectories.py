@@ -1,8 +1,9 @@
 """Trainings whose weights are stored: a change of the code's form must not change them.
 
-Five nets in float64 with the exact Fisher matrix, 12 steps each. `python tests/golden/trajectories.py
---check` compares to the bit, which holds on one machine; the tests allow for what another
-machine's sums round to. `--write` stores new weights, after a change of the method.
+Five nets in float64 with the exact Fisher matrix, 12 steps each.
+`python tests/golden/trajectories.py --check` compares to the bit, which holds on one machine; the
+tests allow for what another machine's sums round to. `--write` stores new weights, after a change
+of the method.
 """
 
 import argparse
@@ -129,8 +130,8 @@ def batches(name):
     return x, numbers
 
 
-def weights_after_training(name):
-    """All weights of a net after 12 steps, by name."""
+def weights_after_training(name, steps=STEPS):
+    """All weights of a net after some steps, by number."""
     keras.backend.clear_session(free_memory=False)
     keras.config.set_floatx("float64")
     keras.utils.set_random_seed(7)
@@ -140,7 +141,7 @@ def weights_after_training(name):
     )
     model.optimizer.build(model.trainable_variables)
     x, y = batches(name)
-    model.fit(x, y, batch_size=16, epochs=STEPS // 3, shuffle=False, verbose=0)
+    model.fit(x, y, batch_size=16, epochs=steps // 3, shuffle=False, verbose=0)
     # Dropout's state is a weight, too.
     numbers = [w for w in model.weights if w.dtype == "float64"]
     return {f"{index}": w.numpy() for index, w in enumerate(numbers)}

@@ -1,0 +1,1 @@
+"""The approximate Fisher matrix, kept and inverted."""

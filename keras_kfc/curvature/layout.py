@@ -1,0 +1,202 @@
+"""How the factors of one layer are stored: whole, or cut into diagonal blocks where too wide.
+
+A factor of n rows takes n² numbers, and n³ products to invert. Beyond a limit its
+channels are cut into *parts*, and correlations between channels of different parts
+are taken to be zero: omega and gamma become block-diagonal. A convolution's kernel
+positions stay together; the row of the bias belongs to the first part, and is zero in
+the others.
+
+Shapes: G groups; P parts of the input channels, of c channels each, and Q of the
+output channels, of t each, the last filled up with zeros; R = kernel positions * c,
+and one more with a bias. Omega is `(G * P, R, R)`, gamma `(G * Q, t, t)`, the joint
+matrix of a layer `(G, n, m)` as in `keras_kfc.maps.api`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_kfc.linalg.inverse import BlockShape
+from keras_kfc.maps.api import LinearMap, input_factor, output_factor, split_columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """The layout of one layer's factors.
+
+    Args:
+        linear_map: How the layer's tensors map to the joint matrix.
+        use_bias: Whether the joint matrix has a row for the bias.
+        input_parts: P.
+        output_parts: Q.
+    """
+
+    linear_map: LinearMap
+    use_bias: bool
+    input_parts: int = 1
+    output_parts: int = 1
+
+    @property
+    def _positions(self) -> int:
+        return self.linear_map.kernel_rows // self._channels
+
+    @property
+    def _channels(self) -> int:
+        return self.linear_map.inputs // self.linear_map.groups
+
+    @property
+    def _columns(self) -> int:
+        return self.linear_map.outputs // self.linear_map.groups
+
+    @property
+    def omega_shape(self) -> tuple[int, int, int]:
+        """`(G * P, R, R)`."""
+        rows = self._positions * -(-self._channels // self.input_parts) + self.use_bias
+        return (self.linear_map.groups * self.input_parts, rows, rows)
+
+    @property
+    def gamma_shape(self) -> tuple[int, int, int]:
+        """`(G * Q, t, t)`."""
+        columns = -(-self._columns // self.output_parts)
+        return (self.linear_map.groups * self.output_parts, columns, columns)
+
+    @property
+    def block_shape(self) -> BlockShape:
+        """Sizes of the whole block."""
+        rows = self.linear_map.kernel_rows + self.use_bias
+        return BlockShape(self.linear_map.groups, rows, self._columns)
+
+    @property
+    def omega_rows(self) -> np.ndarray:
+        """Which rows of the stored input factor are the layer's, `(G * P, R)`; others fill up."""
+        parts = -(-self._channels // self.input_parts)
+        channels = np.arange(self.input_parts * parts).reshape(self.input_parts, 1, parts)
+        rows = np.repeat(channels < self._channels, self._positions, axis=1)
+        rows = rows.reshape(self.input_parts, -1)
+        if self.use_bias:
+            rows = np.column_stack([rows, np.arange(self.input_parts) == 0])
+        return np.tile(rows, (self.linear_map.groups, 1))
+
+    @property
+    def gamma_rows(self) -> np.ndarray:
+        """Which rows of the stored output factor are the layer's, `(G * Q, t)`."""
+        columns = np.arange(self.output_parts * self.gamma_shape[1])
+        rows = (columns < self._columns).reshape(self.output_parts, -1)
+        return np.tile(rows, (self.linear_map.groups, 1))
+
+    def omega(
+        self,
+        inputs: Sequence[tf.Tensor],
+        batch_size: tf.Tensor,
+        masks: Sequence[tf.Tensor | None] | None = None,
+    ) -> tf.Tensor:
+        """Omega of one batch, `(G * P, R, R)`; see `keras_kfc.maps.api.input_factor`."""
+        return input_factor(
+            self.linear_map, inputs, batch_size, self.use_bias, self.input_parts, masks
+        )
+
+    def gamma(
+        self,
+        derivatives: Sequence[tf.Tensor],
+        masks: Sequence[tf.Tensor | None] | None = None,
+    ) -> tf.Tensor:
+        """Gamma of one batch, `(G * Q, t, t)`; see `keras_kfc.maps.api.output_factor`."""
+        return output_factor(self.linear_map, derivatives, self.output_parts, masks)
+
+    def multiply(self, omega: tf.Tensor, joint: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
+        """`omega D gamma` for a joint matrix D, `(G, n, m)`.
+
+        The products take the same time in either order, `n m (R + t)` altogether.
+
+        Args:
+            omega: `(G * P, R, R)`.
+            joint: D, `(G, n, m)`.
+            gamma: `(G * Q, t, t)`.
+
+        Returns:
+            `(G, n, m)`.
+        """
+        if omega.shape[0] == gamma.shape[0] == 1:
+            # One matrix is multiplied faster than a batch of one.
+            omega, joint, gamma = (tf.squeeze(part, axis=0) for part in (omega, joint, gamma))
+            return tf.expand_dims(omega @ joint @ gamma, 0)
+        joint = self._join_rows(omega @ self._split_rows(joint))
+        columns = split_columns(joint, self.output_parts) @ gamma
+        if self.output_parts == 1:
+            return columns
+        groups, rows = joint.shape[:2]
+        columns = tf.reshape(columns, (groups, self.output_parts, rows, -1))
+        columns = tf.reshape(tf.transpose(columns, (0, 2, 1, 3)), (groups, rows, -1))
+        return columns[:, :, : joint.shape[2]]
+
+    def _split_rows(self, joint):
+        """`(G, n, m)` to `(G * P, R, m)`."""
+        if self.input_parts == 1:
+            return joint
+        groups, rows, columns = joint.shape
+        channels = -(-self._channels // self.input_parts)
+        kernel = joint[:, : self.linear_map.kernel_rows]
+        kernel = tf.reshape(kernel, (groups, self._positions, self._channels, columns))
+        filling = channels * self.input_parts - self._channels
+        kernel = tf.pad(kernel, ((0, 0), (0, 0), (0, filling), (0, 0)))
+        shape = (groups, self._positions, self.input_parts, channels, columns)
+        kernel = tf.transpose(tf.reshape(kernel, shape), (0, 2, 1, 3, 4))
+        kernel = tf.reshape(kernel, (groups, self.input_parts, self._positions * channels, columns))
+        if rows > self.linear_map.kernel_rows:
+            bias = joint[:, None, self.linear_map.kernel_rows :]
+            bias = tf.pad(bias, ((0, 0), (0, self.input_parts - 1), (0, 0), (0, 0)))
+            kernel = tf.concat((kernel, bias), axis=2)
+        return tf.reshape(kernel, (groups * self.input_parts, -1, columns))
+
+    def _join_rows(self, parts):
+        """Undoes `_split_rows`."""
+        if self.input_parts == 1:
+            return parts
+        groups, columns = self.linear_map.groups, parts.shape[2]
+        channels = -(-self._channels // self.input_parts)
+        rows = self._positions * channels
+        parts = tf.reshape(parts, (groups, self.input_parts, -1, columns))
+        kernel = parts[:, :, :rows]
+        shape = (groups, self.input_parts, self._positions, channels, columns)
+        kernel = tf.transpose(tf.reshape(kernel, shape), (0, 2, 1, 3, 4))
+        kernel = tf.reshape(kernel, (groups, self._positions, -1, columns))
+        kernel = tf.reshape(kernel[:, :, : self._channels], (groups, -1, columns))
+        return tf.concat((kernel, parts[:, 0, rows:]), axis=1) if self.use_bias else kernel
+
+
+def partition_of(linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> Partition:
+    """The fewest parts that keep the factors of a layer within a number of rows.
+
+    A convolution's input channels are cut down to single channels at most, so that a
+    kernel with more positions than `max_dim` stays above it; those of a grouped one into
+    parts of equal size.
+
+    Args:
+        linear_map: How the layer's tensors map to the joint matrix.
+        use_bias: Whether the joint matrix has a row for the bias.
+        max_dim: The number of rows, or None for no limit.
+    """
+    whole = Partition(linear_map, use_bias)
+    if max_dim is None:
+        return whole
+    columns = whole.gamma_shape[1]
+    output_parts = -(-columns // max_dim)
+    channels = linear_map.inputs // linear_map.groups
+    positions = linear_map.kernel_rows // channels
+    widest = max(1, (max_dim - use_bias) // positions)
+    input_parts = -(-channels // widest)
+    if linear_map.groups > 1:
+        input_parts = next(p for p in range(input_parts, channels + 1) if channels % p == 0)
+    return Partition(linear_map, use_bias, input_parts, output_parts)
+
+
+def factor_dtype(kernel: Any) -> str:
+    """Dtype of a layer's factors, at least float32: that of their sums over many positions.
+
+    Args:
+        kernel: The layer's kernel variable.
+    """
+    return "float64" if kernel.dtype == "float64" else "float32"

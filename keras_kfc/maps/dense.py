@@ -1,0 +1,56 @@
+"""A dense layer's weights as a linear map."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_kfc.maps.api import split_columns
+from keras_kfc.patches.moment import at_least_float32, gram, sum_of_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMap:
+    """How a Dense layer's tensors map to the joint matrix.
+
+    Args:
+        inputs: Size of the last axis of the layer's input, J.
+        outputs: Number of units, I.
+    """
+
+    inputs: int
+    outputs: int
+    groups: int = dataclasses.field(default=1, init=False)
+    keeps_positions: bool = dataclasses.field(default=True, init=False)
+
+    @property
+    def kernel_rows(self) -> int:
+        """Rows of the joint matrix that belong to the kernel."""
+        return self.inputs
+
+    def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
+        """Sums of `a aᵀ` and `a` over examples and middle axes, `(P, c, c)` and `(P, c)`.
+
+        P is the number of parts that inputs are cut into, of c inputs each, the last one
+        filled up with zeros.
+        """
+        rows = split_columns(tf.reshape(at_least_float32(inputs), (1, -1, self.inputs)), parts)
+        return gram(rows), sum_of_rows(rows)
+
+    def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Number of output positions of all examples together, a scalar."""
+        return tf.reduce_prod(tf.shape(inputs)[:-1])
+
+    def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
+        """Flattens `(B, ..., I)` to `(1, positions of all examples, I)`."""
+        return tf.reshape(at_least_float32(derivatives), (1, -1, self.outputs))
+
+    def stack_bias(self, kernel: tf.Tensor, bias: tf.Tensor | None) -> tf.Tensor:
+        """Joins kernel `(J, I)` and bias `(I,)` to `(1, n, I)`."""
+        rows = kernel if bias is None else tf.concat((kernel, tf.expand_dims(bias, 0)), axis=0)
+        return tf.expand_dims(rows, 0)
+
+    def unstack_bias(self, joint: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Splits `(1, n, I)` into kernel `(J, I)` and bias `(I,)` (or None)."""
+        rows = tf.squeeze(joint, axis=0)
+        has_bias = joint.shape[1] > self.inputs
+        return rows[: self.inputs], rows[self.inputs] if has_bias else None

@@ -1,0 +1,1 @@
+"""The optimizer, put together from its parts."""

@@ -1,0 +1,1 @@
+"""What is recorded and measured in a training pass."""

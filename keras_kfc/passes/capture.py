@@ -1,0 +1,280 @@
+"""What instrumented layers hand over during one forward pass.
+
+A `Capture` is open while a model runs forward. Each instrumented layer records
+its input `a` and pre-activation `s` in it; afterwards the capture can
+differentiate the model's outputs with respect to every `s`, any number of
+times, inside `tf.cond` too. There are two ways to get one:
+
+* a custom training loop opens it as a context manager;
+* a compiled model opens one by itself (`keras_kfc.passes.automatic`).
+
+State is thread-local, because the replicas of a `tf.distribute` strategy trace
+as interleaved threads.
+"""
+
+import contextlib
+import dataclasses
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kfc._compat.keras_internals import mask_of
+from keras_kfc._compat.tensorflow_internals import current_graph, is_recording, outer_graph
+from keras_kfc.maps.api import LinearMap
+from keras_kfc.passes.probes import with_probe
+
+
+@dataclasses.dataclass(eq=False)
+class Use:
+    """One use of one layer in a forward pass, and what its backward passes tell of it.
+
+    Args:
+        kernel: The layer's kernel variable.
+        inputs: The layer's input `a`.
+        pre_activation: Its pre-activation `s`.
+        mask: Keras's mask of the input, booleans for its first axes, or None.
+        derivative: What ordinary backward passes sent to `s`, their sum, or None if there was
+            none. Only those count that differentiate with regard to the kernel: a generator's
+            loss reaches a discriminator's layers, too, but its gradient is not theirs.
+        differentiated_again: Whether a gradient of the kernel goes through a derivative of `s`,
+            as that of a differential equation or of a gradient penalty does.
+    """
+
+    kernel: keras.Variable
+    inputs: tf.Tensor
+    pre_activation: tf.Tensor
+    mask: tf.Tensor | None = None
+    derivative: tf.Tensor | None = None
+    differentiated_again: bool = False
+
+    def dense_inputs(self) -> tf.Tensor:
+        """The input as a dense floating-point tensor; to be called where it is needed."""
+        inputs = self.inputs
+        dense = tf.sparse.to_dense(inputs) if isinstance(inputs, tf.SparseTensor) else inputs
+        return dense if dense.dtype.is_floating else tf.cast(dense, self.pre_activation.dtype)
+
+
+@dataclasses.dataclass
+class LayerRecord:
+    """All uses of one instrumented layer in one forward pass.
+
+    Args:
+        path: The layer's path, for messages.
+        kernel: The layer's kernel variable.
+        linear_map: How its tensors map to Kronecker factors.
+        has_bias: Whether the layer has a bias.
+        uses: Its uses, in their order.
+    """
+
+    path: str
+    kernel: keras.Variable
+    linear_map: LinearMap
+    has_bias: bool
+    uses: list[Use] = dataclasses.field(default_factory=list)
+
+    def differentiated_uses(self) -> list[Use]:
+        """The uses that the ordinary backward pass has reached."""
+        return [use for use in self.uses if use.derivative is not None]
+
+
+@dataclasses.dataclass
+class LossEvaluation:
+    """One call of a compiled loss.
+
+    Args:
+        compiled: Keras's `CompileLoss`.
+        y_true: Targets.
+        y_pred: Outputs.
+        sample_weight: Sample weights or None.
+        value: The loss, without regularisation and added losses, a scalar.
+    """
+
+    compiled: Any
+    y_true: Any
+    y_pred: Any
+    sample_weight: Any
+    value: tf.Tensor
+
+
+class Capture:
+    """Records inputs and pre-activations of instrumented layers.
+
+    Example:
+
+    >>> layer = keras_kfc.layers.Dense(2)
+    >>> with keras_kfc.Capture() as capture:
+    ...     outputs = layer(np.ones((4, 3), "float32"))
+    >>> capture.paths
+    ['dense']
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[int, LayerRecord] = {}
+        self.loss: LossEvaluation | None = None
+        self.model: Any = None
+        # Only pre-activations are watched: the tape holds what lies between
+        # them and the outputs, nothing of the ordinary backward pass.
+        self._tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+        self._graph: Any = None
+        self.is_open = False
+
+    def __enter__(self) -> "Capture":
+        self.open()
+        _opened.captures.append(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _opened.captures.remove(self)
+        self.close()
+
+    def open(self) -> None:
+        """Starts recording."""
+        self._graph = current_graph()
+        self._tape.__enter__()
+        self.is_open = True
+        _opened.recording.append(weakref.ref(self))
+
+    def close(self) -> None:
+        """Stops recording; what was recorded stays."""
+        if self.is_open:
+            self._tape.__exit__(None, None, None)
+            self.is_open = False
+            _opened.recording = [other for other in _opened.recording if other() is not self]
+
+    def has_derivatives(self) -> bool:
+        """Whether an ordinary backward pass has reached anything that was recorded."""
+        return any(record.differentiated_uses() for record in self.records.values())
+
+    def was_opened_here(self) -> bool:
+        """Whether the capture was opened in the graph that is being built now, or eagerly."""
+        return current_graph() is self._graph
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the layers recorded so far, in the order of their first use."""
+        return [record.path for record in self.records.values()]
+
+    def record(self, layer: Any, inputs: tf.Tensor, pre_activation: tf.Tensor) -> tf.Tensor:
+        """Takes one use of a layer.
+
+        Args:
+            layer: The instrumented layer.
+            inputs: Its input `a`.
+            pre_activation: Its pre-activation `s`.
+
+        Returns:
+            The pre-activation to go on with, which tells the use of its derivatives.
+
+        Raises:
+            ValueError: If the layer runs inside a graph of its own (a loop, a
+                `tf.function`, a recomputed block), whose tensors cannot be
+                differentiated from outside.
+        """
+        if current_graph() is not self._graph:
+            raise _out_of_reach([layer.path])
+        record = self._record_of(layer)
+        mask = _positions_of(inputs) if record.linear_map.keeps_positions else None
+        use = Use(record.kernel, inputs, pre_activation, mask)
+        use.pre_activation = with_probe(use)
+        self._tape.watch(use.pre_activation)
+        record.uses.append(use)
+        return use.pre_activation
+
+    def check_reachable(self) -> None:
+        """Makes sure that what was recorded can be used in the graph being built now.
+
+        Raises:
+            ValueError: If it was recorded inside another graph.
+        """
+        graph = current_graph()
+        while graph is not None and graph is not self._graph:
+            graph = outer_graph(graph)
+        if graph is not self._graph:
+            raise _out_of_reach(self.paths)
+
+    def differentiate(
+        self, sources: Sequence[tf.Tensor], derivatives: Sequence[tf.Tensor]
+    ) -> dict[int, list[tf.Tensor | None]]:
+        """Runs one backward pass from the outputs to all pre-activations.
+
+        Args:
+            sources: Output tensors.
+            derivatives: A tensor for each of them to start from.
+
+        Returns:
+            For each key of `records`, derivatives with respect to the
+            pre-activations of its uses, None where no output depends on one.
+        """
+        flat = [use.pre_activation for record in self.records.values() for use in record.uses]
+        gradients = iter(
+            self._tape.gradient(
+                list(sources),
+                flat,
+                output_gradients=list(derivatives),
+            )
+        )
+        return {key: [next(gradients) for _ in record.uses] for key, record in self.records.items()}
+
+    def _record_of(self, layer: Any) -> LayerRecord:
+        kernel = layer.kronecker_kernel
+        if id(kernel) not in self.records:
+            self.records[id(kernel)] = LayerRecord(
+                layer.path, kernel, layer.linear_map, layer.bias is not None
+            )
+        return self.records[id(kernel)]
+
+
+def innermost_capture() -> Capture | None:
+    """The capture that was opened last as a context manager, or None."""
+    return _opened.captures[-1] if _opened.captures else None
+
+
+def close_captures_of_models() -> None:
+    """Closes all captures of this thread but those that somebody opened as context managers."""
+    for capture in _recording():
+        if capture not in _opened.captures:
+            capture.close()
+
+
+def is_differentiated() -> bool:
+    """Whether a tape records what happens now, other than those of captures."""
+    with contextlib.ExitStack() as stack:
+        for capture in _recording():
+            stack.enter_context(capture._tape.stop_recording())
+        return is_recording()
+
+
+class _Opened(threading.local):
+    def __init__(self) -> None:
+        # Opened as context managers, innermost last.
+        self.captures: list[Capture] = []
+        self.recording: list[weakref.ref[Capture]] = []
+
+
+def _recording() -> list[Capture]:
+    return [capture for reference in _opened.recording if (capture := reference()) is not None]
+
+
+_opened = _Opened()
+
+
+def _positions_of(inputs: tf.Tensor) -> tf.Tensor | None:
+    """Keras's mask of a layer's input, if it tells which positions count."""
+    mask = mask_of(inputs)
+    if mask is None or mask.shape.rank is None or inputs.shape.rank is None:
+        return None
+    positions = inputs.shape[: mask.shape.rank]
+    fits = mask.shape.rank < inputs.shape.rank and positions.is_compatible_with(mask.shape)
+    return tf.cast(mask, tf.bool) if fits else None
+
+
+def _out_of_reach(paths: list[str]) -> ValueError:
+    return ValueError(
+        f"Layer {', '.join(paths)} runs inside a loop, a tf.function or a recomputed block, where "
+        "its statistics cannot be recorded. Let the fallback rule train it: use Keras's own layer "
+        f"there, or `keras_kfc.instrument(model, exclude={paths})`."
+    )

@@ -1,0 +1,62 @@
+"""What backward passes tell of a pre-activation on their way through it.
+
+A probe is an identity whose gradient function notes the derivative that comes by. It
+asks which variables the backward pass is for, since one that is not for a layer's kernel
+says nothing of the layer's Fisher block: `tape.gradient` runs through all that the tape
+has recorded, whatever is differentiated.
+"""
+
+import weakref
+from typing import Any
+
+import tensorflow as tf
+
+from keras_kfc._compat.tensorflow_internals import differentiates_for, is_recording
+
+
+def with_probe(use: Any) -> tf.Tensor:
+    """A use's pre-activation behind a probe.
+
+    Args:
+        use: The `keras_kfc.passes.capture.Use`; its `derivative` and `differentiated_again` will be
+            set.
+    """
+    # TensorFlow keeps these functions, in a graph for as long as the process lives.
+    reference = weakref.ref(use)
+
+    @tf.custom_gradient
+    def probe(tensor):
+        return tf.identity(tensor), lambda derivative: _received(reference, derivative)
+
+    return probe(use.pre_activation)
+
+
+def _received(reference: "weakref.ref[Any]", derivative: tf.Tensor) -> tf.Tensor:
+    use = reference()
+    if use is None:
+        return derivative
+    derivative = tf.convert_to_tensor(derivative)
+    # One that arrives in a loop's graph cannot be used outside.
+    if differentiates_for(use.kernel) and _graph_of(derivative) is _graph_of(use.pre_activation):
+        use.derivative = derivative if use.derivative is None else use.derivative + derivative
+    if not is_recording():
+        return derivative
+
+    # Depends on the pre-activation by name only, so that a tape that watches the layer
+    # records it even where the derivative itself is a constant.
+    @tf.custom_gradient
+    def second_probe(tensor, _):
+        return tf.identity(tensor), lambda upstream: (_differentiated(reference, upstream), None)
+
+    return second_probe(derivative, use.pre_activation)
+
+
+def _differentiated(reference: "weakref.ref[Any]", upstream: tf.Tensor) -> tf.Tensor:
+    use = reference()
+    if use is not None and differentiates_for(use.kernel):
+        use.differentiated_again = True
+    return upstream
+
+
+def _graph_of(tensor: tf.Tensor) -> Any:
+    return getattr(tensor, "graph", None)

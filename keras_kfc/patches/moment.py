@@ -1,0 +1,291 @@
+"""Second moments of convolution patches: the sums behind the input factor Omega.
+
+A patch `p` is what one output position of a convolution sees of its input,
+flattened in the kernel's own order (kernel row, kernel column, channel). There
+are three exact ways to sum `p pᵀ`, the cheapest of which is taken:
+
+* `"spectral"` and `"windows"`: as autocorrelation of the images, without patches
+  (`keras_kfc.patches.autocorrelation`); need static image sizes;
+* `"im2col"`: patches laid out as rows of a matrix, in slices of the batch.
+
+Pure functions of tensors: nothing here knows of layers.
+
+Shapes: B examples, J input channels, G groups, K = kh * kw * J / G.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_kfc.linalg.inverse import compiled_by_xla
+from keras_kfc.patches.autocorrelation import second_moment
+from keras_kfc.patches.costs import cheapest_views, numbers_held
+from keras_kfc.patches.geometry import Axis, axis_of
+from keras_kfc.patches.row_views import View
+from keras_kfc.utils.arguments import check_choice, check_positive_integer
+
+FORMS = ("spectral", "windows", "im2col")
+# Bytes of patches, or of what autocorrelation takes instead, that are held at a time.
+_SLICE_BYTES = 2**27
+
+
+def patch_second_moment(
+    inputs: tf.Tensor,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] = (1, 1),
+    padding: str = "valid",
+    dilation_rate: int | Sequence[int] = (1, 1),
+    groups: int = 1,
+    data_format: str = "channels_last",
+    *,
+    form: str | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sums `p pᵀ` and `p` over all patches of a batch.
+
+    Zero padding counts: a tap that falls outside of the image contributes
+    zeros, as it does in the convolution. Half-precision inputs are summed in
+    float32. The result is exact up to rounding in every form; the sums are those
+    of Grosse & Martens (2016), section 3, not divided by the number of examples.
+
+    Args:
+        inputs: Images, `(B, H, W, J)`, or `(B, J, H, W)` for
+            `data_format="channels_first"`. B, H and W may be unknown when a
+            graph is built; J may not.
+        kernel_size: `(kh, kw)`, or one integer for both.
+        strides: As in `keras.layers.Conv2D`.
+        padding: `"valid"` or `"same"`.
+        dilation_rate: As in `keras.layers.Conv2D`.
+        groups: Number of channel groups; each sees its own `J / G` channels.
+        data_format: `"channels_last"` or `"channels_first"`.
+        form: How to compute it: `"spectral"`, `"windows"` or `"im2col"`. By
+            default the cheapest for the sizes at hand. All work on slices of the
+            batch, so that they hold about 128 MiB, or one image's share, at a time (the
+            first two without slices if XLA compiles them).
+
+    Returns:
+        `(second_moment, patch_sum)` of shapes `(G, K, K)` and `(G, K)`, float32
+        (float64 for float64 inputs).
+
+    Raises:
+        TypeError: If a size is not an integer.
+        ValueError: If an argument is out of range, `groups` does not divide J, or
+            `form` needs sizes that are not known or a smaller kernel.
+
+    Example:
+
+    >>> images = np.ones((2, 8, 8, 3), "float32")
+    >>> moment, total = keras_kfc.patches.patch_second_moment(images, 3, padding="same")
+    >>> moment.shape, total.shape
+    (TensorShape([1, 27, 27]), TensorShape([1, 27]))
+    >>> float(moment[0, 13, 13])  # the tap in the middle sees every pixel
+    128.0
+    """
+    kernel = _pair("kernel_size", kernel_size)
+    strides = _pair("strides", strides)
+    dilation = _pair("dilation_rate", dilation_rate)
+    padding = check_choice("padding", padding, ("valid", "same"))
+    check_choice("data_format", data_format, ("channels_last", "channels_first"))
+    groups = check_positive_integer("groups", groups)
+    if form is not None:
+        check_choice("form", form, FORMS)
+    images = _images_of(inputs, data_format, groups)
+    sizes = images.shape[1:3]
+    if not sizes.is_fully_defined():
+        if form not in (None, "im2col"):
+            raise ValueError(
+                f"Argument `form` can be {form!r} only for images of known height and width. "
+                f"Received: inputs of shape {tuple(inputs.shape)}"
+            )
+        return _im2col(images, kernel, strides, padding, dilation, groups)
+    rows, columns = (
+        axis_of(size, taps, stride, padding, rate)
+        for size, taps, stride, rate in zip(sizes, kernel, strides, dilation, strict=True)
+    )
+    channels = images.shape[-1] // groups
+    if rows.outputs == 0 or columns.outputs == 0:
+        size = kernel[0] * kernel[1] * channels
+        return tf.zeros((groups, size, size), images.dtype), tf.zeros((groups, size), images.dtype)
+    views = None
+    if form != "im2col":
+        views = cheapest_views(rows, columns, groups, channels, form)
+    if views is None:
+        return _im2col(images, kernel, strides, padding, dilation, groups)
+    moments = _autocorrelation(rows, columns, views, groups, channels, images.dtype)
+    if compiled_by_xla():
+        return moments(images)
+    bytes_each = images.dtype.size * numbers_held(rows, columns, groups, channels, views)
+    return _in_slices(images, max(1, _SLICE_BYTES // bytes_each), moments)
+
+
+def extract_patches(
+    images: tf.Tensor,
+    kernel_size: Sequence[int],
+    strides: Sequence[int] = (1, 1),
+    padding: str = "valid",
+    dilation_rate: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> tf.Tensor:
+    """Lays out every patch of a batch of images as one row.
+
+    Args:
+        images: `(B, H, W, J)`.
+        kernel_size: `(kh, kw)`.
+        strides: As in `keras.layers.Conv2D`.
+        padding: `"valid"` or `"same"`.
+        dilation_rate: As in `keras.layers.Conv2D`.
+        groups: Number of channel groups; each sees its own `J / G` channels.
+
+    Returns:
+        Patches, `(G, B * H_out * W_out, K)`, in the dtype of `images`.
+    """
+    channels = images.shape[-1]
+    kernel_height, kernel_width = kernel_size
+    if kernel_height == kernel_width == 1:
+        # A 1x1 kernel sees single pixels: a strided slice, no gathering.
+        rows = images[:, :: strides[0], :: strides[1], :] if max(strides) > 1 else images
+    else:
+        rows = tf.image.extract_patches(
+            images,
+            sizes=(1, kernel_height, kernel_width, 1),
+            strides=(1, *strides, 1),
+            rates=(1, *dilation_rate, 1),
+            padding=padding.upper(),
+        )
+    taps = kernel_height * kernel_width
+    if groups == 1:
+        return tf.reshape(rows, (1, -1, taps * channels))
+    rows = tf.reshape(rows, (-1, taps, groups, channels // groups))
+    rows = tf.transpose(rows, (2, 0, 1, 3))
+    return tf.reshape(rows, (groups, -1, taps * channels // groups))
+
+
+def at_least_float32(tensor: tf.Tensor) -> tf.Tensor:
+    """Casts to float32, except float64, which keeps its precision."""
+    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
+
+
+def gram(rows: tf.Tensor) -> tf.Tensor:
+    """Sums of outer products `Σ_r r rᵀ`: `(G, N, n)` to `(G, n, n)`."""
+    if rows.shape[0] == 1:  # one matrix is multiplied faster than a batch of one
+        matrix = tf.squeeze(rows, axis=0)
+        return tf.expand_dims(tf.matmul(matrix, matrix, transpose_a=True), 0)
+    return tf.matmul(rows, rows, transpose_a=True)
+
+
+def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
+    """Sum over the last axis but one; as a product, which is faster than a reduction."""
+    ones = tf.ones((*rows.shape[:-2], 1, tf.shape(rows)[-2]), rows.dtype)
+    return tf.squeeze(ones @ rows, axis=-2)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    """Two positive integers, from one or two."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = tuple(value) if several else (value, value)
+    if len(values) != 2:
+        raise ValueError(
+            f"Argument `{name}` must be an integer or two integers. Received: {name}={value!r}"
+        )
+    return check_positive_integer(name, values[0]), check_positive_integer(name, values[1])
+
+
+def _images_of(inputs: tf.Tensor, data_format: str, groups: int) -> tf.Tensor:
+    """The inputs as `(B, H, W, J)`, float32 or float64."""
+    images = at_least_float32(tf.convert_to_tensor(inputs))
+    if images.shape.rank != 4:
+        raise ValueError(
+            f"Argument `inputs` must have four axes. Received: shape {tuple(images.shape)}"
+        )
+    if data_format == "channels_first":
+        images = tf.transpose(images, (0, 2, 3, 1))
+    channels = images.shape[-1]
+    if channels is None or channels % groups:
+        raise ValueError(
+            "Argument `groups` must divide the number of channels, which must be known. "
+            f"Received: groups={groups}, {channels} channels"
+        )
+    return images
+
+
+@functools.lru_cache(maxsize=512)
+def _autocorrelation(
+    rows: Axis,
+    columns: Axis,
+    views: tuple[View, ...],
+    groups: int,
+    channels: int,
+    dtype: tf.DType,
+) -> Any:
+    """A graph function that layers of the same geometry share, so that it is traced once."""
+
+    def moments(images):
+        images = images[:, : rows.size, : columns.size]
+        # Sum over examples first: what is left is one image.
+        total = sum_of_rows(tf.reshape(images, (-1, rows.size * columns.size * groups * channels)))
+        total = tf.constant(_tap_counts(rows), dtype) @ tf.reshape(total, (rows.size, -1))
+        total = tf.reshape(total, (rows.taps, columns.size, groups * channels))
+        total = tf.constant(_tap_counts(columns), dtype) @ total
+        total = tf.reshape(total, (rows.taps * columns.taps, groups, channels))
+        total = tf.reshape(tf.transpose(total, (1, 0, 2)), (groups, -1))
+        images = tf.reshape(images, (-1, rows.size, columns.size, groups, channels))
+        moment = second_moment(images, rows, columns, views)
+        return tf.ensure_shape(moment, (groups, total.shape[1], total.shape[1])), total
+
+    signature = [tf.TensorSpec((None, None, None, groups * channels), dtype)]
+    return tf.function(moments, input_signature=signature, autograph=False)
+
+
+def _tap_counts(axis: Axis) -> np.ndarray:
+    """`(taps, size)`: how often each tap sees each position (once or never)."""
+    counts = np.zeros((axis.taps, axis.size))
+    for tap in range(axis.taps):
+        counts[tap, axis.seen(tap, tap)] = 1
+    return counts
+
+
+def _im2col(images, kernel, strides, padding, dilation, groups):
+    """The sums by laying out patches, a slice of the batch at a time."""
+
+    def moments(part):
+        patches = extract_patches(part, kernel, strides, padding, dilation, groups)
+        return gram(patches), sum_of_rows(patches)
+
+    if kernel == strides == (1, 1):
+        return moments(images)
+    shape = tf.shape(images, tf.int64)
+    taps = kernel[0] * kernel[1]
+    positions = (shape[1] // strides[0] + 1) * (shape[2] // strides[1] + 1)
+    bytes_each = images.dtype.size * images.shape[-1] * taps * positions
+    size = tf.maximum(_SLICE_BYTES // tf.maximum(bytes_each, 1), 1)
+    if compiled_by_xla():
+        # Not even a slice that is never taken may be longer than the batch.
+        size = tf.maximum(tf.minimum(size, shape[0]), 1)
+    return _in_slices(images, size, moments)
+
+
+def _in_slices(images, size, moments):
+    """Sums `moments` of slices of the batch, `size` images at a time."""
+    batch = images.shape[0]
+    if isinstance(size, int) and batch is not None and batch <= size:
+        return moments(images)
+    shape = tf.shape(images, tf.int64)
+    count = shape[0] // size
+    slices = tf.reshape(images[: count * size], tf.concat(((count, size), shape[1:]), axis=0))
+    slices.set_shape((None, None, *images.shape[1:]))
+
+    def add_slice(number, moment, total):
+        more, more_total = moments(slices[number])
+        return number + 1, moment + more, total + more_total
+
+    # What is left over comes first; its sums have the shapes that the loop needs.
+    start = moments(images[count * size :])
+    _, moment, total = tf.while_loop(
+        lambda number, *_: number < count,
+        add_slice,
+        (tf.zeros((), tf.int64), *start),
+        parallel_iterations=1,
+    )
+    return moment, total

@@ -1,0 +1,1 @@
+"""Where work runs: on one device, or on the replicas of a strategy."""

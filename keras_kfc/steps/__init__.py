@@ -1,0 +1,1 @@
+"""How far to go: rules of the step size, and what the losses so far tell."""

@@ -1,0 +1,103 @@
+"""How far to go along the preconditioned gradient: one length for all layers, and a bound for each.
+
+With `d = F⁻¹ g` per block, `p = g·d` over all blocks, `μ` the momentum, `c` the scale of
+the rule and `η` the learning rate, a block's step is `-α_b d_b`, where
+
+    r    = p / G                            G: the gap, see `keras_kfc.steps.loss_trend`
+    r̄    = average of r                     over about 20 steps
+    s    = η / (highest η so far)           what a schedule has taken off
+    α    = c s (1 - μ) / r̄                  Polyak's step: c G is what it takes off the loss
+    α_b  = min(α, b η (1 - μ) / rms(d_b))   no layer moves further than Adam would
+
+`b` is 1 where the lowest loss is known, and `_UNKNOWN` where it is not. There, in the first steps,
+and where the loss is never seen, `α_b` is `_BLIND` times the bound, with an average of
+`rms(d_b)` in the place of that of the batch, and yet within the bound. Why each part is
+there stands in `docs/method.md`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from keras_kfc.steps.loss_trend import Progress
+
+# Of the averages of the ratio and of the lengths of directions. At the start they forget faster:
+# a mean of values weighted by their number to the power of _START - 1.
+_DECAY, _START = 0.95, 5.0
+# Part of the bound where the lowest loss is not known, so that the gap is a guess.
+_UNKNOWN = 0.33
+# Part of the bound that a step takes where nothing is known of the loss.
+_BLIND = 0.2
+# Steps after which the fall of a loss tells of its gap.
+_FIRST_STEPS = 20
+
+
+class StepSize:
+    """The rule, with what it remembers.
+
+    Args:
+        add_variable: Makes a variable of the optimizer.
+    """
+
+    def __init__(self, add_variable: Callable[..., Any]):
+        self._ratio = add_variable((), dtype="float32", name="slope_over_gap")
+        self._ratio_count = add_variable((), dtype="float32", name="slope_over_gap_count")
+        self._highest_rate = add_variable((), dtype="float32", name="highest_learning_rate")
+
+    def build(self, add_variable: Callable[..., Any], variables: int) -> None:
+        """Makes what there is for each block; a block goes by the index of its kernel.
+
+        Args:
+            add_variable: Makes a variable of the optimizer.
+            variables: Number of trainable variables.
+        """
+        self._squares = add_variable((variables,), dtype="float32", name="squared_length")
+        self._squares_count = add_variable((), dtype="float32", name="squared_length_count")
+
+    def rates(
+        self,
+        progress: Progress,
+        learning_rate: tf.Tensor,
+        momentum: float,
+        scale: tf.Tensor,
+        slope: tf.Tensor,
+        squares: tf.Tensor,
+    ) -> tf.Tensor:
+        """Factors of the directions of all blocks, `(variables,)`; moves what is remembered.
+
+        Args:
+            progress: The losses seen so far.
+            learning_rate: `η`, a scalar.
+            momentum: `μ`.
+            scale: `c`, a scalar.
+            slope: `p`, a scalar.
+            squares: Mean square of each block's direction at the index of its kernel and zeros at
+                all others, `(variables,)`.
+        """
+        self._highest_rate.assign(tf.maximum(self._highest_rate, learning_rate))
+        scale *= tf.math.divide_no_nan(learning_rate, self._highest_rate.value)
+        gap = progress.gap()
+        ratio = tf.math.divide_no_nan(tf.maximum(slope, 0.0), gap)
+        # Averages of before this batch: a step that depended on its size would be biased.
+        ratio = _average(self._ratio, self._ratio_count, ratio, gap > 0)
+        usual = _average(self._squares, self._squares_count, squares, tf.constant(True))
+        longest = learning_rate * (1 - momentum)
+        polyak = (1 - momentum) * tf.math.divide_no_nan(scale, ratio)
+        known = progress.lowest_known > 0
+        bound = tf.math.divide_no_nan(longest, tf.sqrt(squares))
+        within = tf.minimum(polyak, tf.where(known, 1.0, _UNKNOWN) * bound)
+        blind = scale * _BLIND * tf.math.divide_no_nan(longest, tf.sqrt(usual))
+        early = ~known & (progress.steps_seen <= _FIRST_STEPS)
+        return tf.where(early | ~progress.seen, tf.minimum(blind, bound), within)
+
+
+def _average(average: Any, count: Any, value: tf.Tensor, usable: tf.Tensor) -> tf.Tensor:
+    """Moves an average if a value is usable, and returns what it was before, or the first value."""
+    usable &= tf.reduce_all(tf.math.is_finite(value))
+    before = tf.where(count > 0, average.value, value)
+    seen = count + tf.cast(usable, tf.float32)
+    rate = tf.maximum(1 - _DECAY, _START / (seen + _START - 1))
+    average.assign_add(tf.where(usable, rate * (value - average), 0.0))
+    count.assign(seen)
+    return before

@@ -1,0 +1,1 @@
+"""Ground floor: checks of arguments, and texts."""

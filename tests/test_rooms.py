@@ -1,0 +1,63 @@
+"""The package's rooms: imports run one way, and private names stay behind one door."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+import keras_kfc
+
+PACKAGE = pathlib.Path(keras_kfc.__file__).parent
+# A room imports from rooms of earlier rows, not from its own row's others.
+FLOORS = [
+    {"_compat", "utils"},
+    {"linalg", "placement", "steps"},
+    {"patches"},
+    {"maps", "losses"},
+    {"passes"},
+    {"layers"},
+    {"curvature"},
+    {"optimizer", "analysis"},
+    {"monitor"},
+]
+FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
+
+
+def imported_rooms(path):
+    """The rooms that a module imports from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            parts = node.module.split(".")
+            if parts[0] == "keras_kfc":
+                yield from [parts[1]] if len(parts) > 1 else (alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("keras_kfc."))
+
+
+def test_every_room_has_a_floor():
+    assert {path.parent.name for path in MODULES} == set(FLOOR_OF)
+    assert sorted(path.name for path in PACKAGE.glob("*.py")) == ["__init__.py"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_imports_run_one_way(path):
+    own = path.parent.name
+    for room in imported_rooms(path):
+        assert room == own or FLOOR_OF[room] < FLOOR_OF[own], f"{own} imports from {room}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_files_can_be_read_at_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_only_one_room_knows_private_names():
+    private = re.compile(r"keras\.src|tensorflow\.python")
+    found = {
+        f"{path.parent.name}/{path.name}"
+        for path in MODULES
+        if path.parent.name != "_compat" and private.search(path.read_text())
+    }
+    assert not found
