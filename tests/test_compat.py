@@ -55,7 +55,9 @@ def test_outputs_tell_their_logits(activation):
     keras_internals.set_logits(other, 100 * logits)
     loss = keras.losses.BinaryCrossentropy() if activation == "sigmoid" else None
     loss = loss or keras.losses.CategoricalCrossentropy()
-    assert float(loss(tf.constant([[0.0, 1.0]]), other)) > 90, MOVED.format("the use of _keras_logits")
+    assert float(loss(tf.constant([[0.0, 1.0]]), other)) > 90, MOVED.format(
+        "the use of _keras_logits"
+    )
 
 
 def test_losses_tell_their_function_and_options():

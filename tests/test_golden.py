@@ -3,12 +3,43 @@
 import sys
 from pathlib import Path
 
+import keras
+import nets
 import numpy as np
 import pytest
+import resuming
+
+from keras_kfc.optimizer.archive import FORMAT_VERSION
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 import trajectories
+
+FILES = sorted(trajectories.FOLDER.glob("format-*.keras"))
+
+
+def test_there_is_a_file_of_this_format():
+    assert trajectories.FOLDER / f"format-{FORMAT_VERSION}.keras" in FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_stored_models_load_and_go_on(path):
+    model = keras.models.load_model(path)
+    assert [block.path for block in model.optimizer.blocks] == [
+        "sequential/conv",
+        "sequential/dense",
+    ]
+    before = nets.flat_weights(model)
+    resuming.fit(model, epochs=4, first=2)
+    stored = np.load(path.with_suffix(".npz"))
+    for index, weights in enumerate(model.get_weights()):
+        np.testing.assert_allclose(weights, stored[str(index)], rtol=1e-2, atol=1e-4)
+    # Without the stored factors and momenta it would go another way.
+    fresh = keras.models.load_model(path, compile=False)
+    fresh.compile(resuming.default_optimizer(), "sparse_categorical_crossentropy")
+    resuming.fit(fresh, epochs=4, first=2)
+    moved = np.linalg.norm(nets.flat_weights(model) - before)
+    assert np.linalg.norm(nets.flat_weights(model) - nets.flat_weights(fresh)) > 0.1 * moved
 
 
 @pytest.mark.parametrize("name", trajectories.NETS)

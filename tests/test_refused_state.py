@@ -1,5 +1,7 @@
 """State of another optimizer, network or setting is refused or skipped, and says so."""
 
+import json
+
 import keras
 import nets
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from resuming import compiled, default_optimizer, fit, stored_state
 
 import keras_kfc
+from keras_kfc.optimizer.archive import FORMAT_VERSION
 
 
 def decaying():
@@ -28,6 +31,18 @@ def test_variables_of_another_meaning_are_refused(stored, own, message):
     assert len(first.optimizer.variables) == len(second.optimizer.variables)
     with pytest.raises(ValueError, match=message):
         second.optimizer.load_own_variables(stored_state(first.optimizer))
+
+
+def test_state_of_a_newer_format_is_refused():
+    model = compiled()
+    model.optimizer.build(model.trainable_variables)
+    store = stored_state(model.optimizer)
+    layout = json.loads(store["layout"].tobytes())
+    assert layout["version"] == FORMAT_VERSION
+    layout["version"] += 1
+    store["layout"] = np.frombuffer(json.dumps(layout).encode(), "uint8")
+    with pytest.raises(ValueError, match=r"newer format.*at most 1\. Received: 2"):
+        model.optimizer.load_own_variables(store)
 
 
 def test_blocks_of_other_layers_of_the_same_shape_are_refused():

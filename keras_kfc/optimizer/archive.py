@@ -22,6 +22,8 @@ from keras_kfc._compat.tensorflow_internals import outside_of_the_trace
 from keras_kfc.placement.replicas import count_replicas
 
 _LAYOUT = "layout"
+# Of the stored state; to be raised when its layout changes, with a way to read the older ones.
+FORMAT_VERSION = 1
 # Endings of names; longer ones first.
 _ROLES = (
     "omega_inverse",
@@ -89,6 +91,7 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
         if waiting is None:
             super().save_own_variables(store)
             layout = {
+                "version": FORMAT_VERSION,
                 "built": self.built,
                 "roles": self._roles(),
                 "blocks": self._block_layout(),
@@ -99,7 +102,7 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             for index, array in enumerate(waiting.arrays):
                 store[str(index)] = array
             names = ("built", "roles", "blocks", "left_out")
-            layout = {name: getattr(waiting, name) for name in names}
+            layout = {"version": FORMAT_VERSION, **{n: getattr(waiting, n) for n in names}}
         store[_LAYOUT] = np.frombuffer(json.dumps(layout).encode(), "uint8")
 
     def load_own_variables(self, store) -> None:
@@ -109,7 +112,8 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             store: Keras's store, a mapping from names to arrays.
 
         Raises:
-            ValueError: If the stored blocks have other shapes than this optimizer's.
+            ValueError: If the stored blocks have other shapes than this optimizer's, or the
+                state has a newer format than this version reads.
         """
         self._stored = None
         if _LAYOUT not in store.keys():  # noqa: SIM118  (Keras's stores have no `in`)
@@ -117,6 +121,13 @@ class ResumableOptimizer(keras.optimizers.Optimizer):
             return
         arrays = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
         layout = json.loads(arrays.pop(_LAYOUT).tobytes())
+        version = layout.pop("version", 0)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"The stored state of optimizer '{self.name}' has a newer format than this version "
+                f"of keras_kfc reads. Expected: at most {FORMAT_VERSION}. Received: {version}. "
+                "Install the version of keras_kfc that stored it, or a newer one."
+            )
         stored = StoredState(
             [arrays[str(i)] for i in range(len(arrays))],
             **layout,
