@@ -44,7 +44,7 @@ def kronecker_factors(
     batch_size: int = 32,
     seed: int | None = None,
 ) -> dict[str, KroneckerFactors]:
-    """Computes the Kronecker factors of every Conv2D and Dense layer.
+    """Computes the Kronecker factors of every layer that can have a block.
 
     The model runs in inference mode, and nothing about it changes.
     Normalisation is the paper's: omega is a sum over positions and a mean over

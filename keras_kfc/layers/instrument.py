@@ -36,8 +36,8 @@ def instrument(
 ) -> keras.Model:
     """Makes a Keras model ready for `keras_kfc.KFC`, in place.
 
-    Every `keras.layers.Conv2D` and `keras.layers.Dense` in the model, at any
-    depth, becomes its capturing subclass. Calling it again changes nothing.
+    Every layer in the model, at any depth, that has a capturing subclass in
+    `keras_kfc.layers`, such as `keras.layers.Dense`, becomes that. Calling it again changes nothing.
     `keras_kfc.coverage(model)` tells the outcome.
 
     Args:

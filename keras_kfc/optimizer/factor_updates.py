@@ -203,9 +203,9 @@ class FactorUpdates(PreconditionedStep):
             ]
             if plain:
                 _logger.warning(
-                    "The fallback rule of KFC trains %d layers that could have a Kronecker block and "
-                    "are not instrumented: %s. Call `keras_kfc.instrument(model)` on the whole model, "
-                    "before it is compiled, or name them in its `exclude`.",
+                    "The fallback rule of KFC trains %d layers that could have a Kronecker block, "
+                    "but are not instrumented: %s. Call `keras_kfc.instrument(model)` on the whole "
+                    "model, before it is compiled, or name them in its `exclude`.",
                     len(plain),
                     ", ".join(plain),
                 )

@@ -32,8 +32,8 @@ from keras_kfc.utils.arguments import (
 class KFC(FactorUpdates):
     """Kronecker Factors for Convolution, an approximate natural gradient.
 
-    Momentum gradient descent, preconditioned for every `keras_kfc.layers.Conv2D`
-    and `keras_kfc.layers.Dense` by a Kronecker-factored approximation of the
+    Momentum gradient descent, preconditioned for every layer of a class in
+    `keras_kfc.layers` by a Kronecker-factored approximation of the
     Fisher matrix. With `D` the gradient of a layer's kernel and bias as one
     matrix, a step is
 
