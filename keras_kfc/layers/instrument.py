@@ -37,7 +37,8 @@ def instrument(
     """Makes a Keras model ready for `keras_kfc.KFC`, in place.
 
     Every layer in the model, at any depth, that has a capturing subclass in
-    `keras_kfc.layers`, such as `keras.layers.Dense`, becomes that. Calling it again changes nothing.
+    `keras_kfc.layers`, such as `keras.layers.Dense`, becomes that. Calling it again changes
+    nothing.
     `keras_kfc.coverage(model)` tells the outcome.
 
     Args:
