@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from conftest import naive_patches, output_geometry, relative_error
-from keras_kfc import patches
+from keras_kfc.patches import moment
 from keras_kfc.patches.autocorrelation import second_moment
 from keras_kfc.patches.costs import cheapest_views
 from keras_kfc.patches.geometry import axis_of, row_plan
@@ -199,7 +199,7 @@ def test_image_size_may_be_unknown(jit_compile):
 def test_slices_of_the_batch_add_up(monkeypatch, form, jit_compile, batch):
     """Slices of two images, with and without one left over."""
     images = normal(batch, 6, 7, 2)
-    monkeypatch.setattr(patches, "_SLICE_BYTES", 2 * 7 * 8 * 18 * 8)
+    monkeypatch.setattr(moment, "_SLICE_BYTES", 2 * 7 * 8 * 18 * 8)
     if form != "im2col":
         monkeypatch.setattr(patches, "numbers_held", lambda *_: 7 * 8 * 18)
     function = tf.function(
