@@ -78,6 +78,7 @@ def generator():
         yield from (Batches()[index] for index in range(3))
 
 
+@pytest.mark.slow
 def test_datasets_generators_and_arrays_train_alike(reference):
     assert_equal_weights(fit(compiled(), dataset()), reference)
     assert_equal_weights(fit(compiled(), Batches(), shuffle=False), reference)

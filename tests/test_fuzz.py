@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 import keras_kfc
 from keras_kfc import KFC
 
+pytestmark = pytest.mark.slow
+
 fuzz = settings(
     deadline=None,
     derandomize=True,
@@ -149,7 +151,6 @@ def fits(network):
     return True
 
 
-@pytest.mark.slow
 @settings(fuzz, max_examples=10)
 @given(networks(), optimizers(), batches)
 def test_training_survives_what_sgd_survives(network, arguments, drawn):

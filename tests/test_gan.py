@@ -153,13 +153,13 @@ def assert_factors(blocks, expected):
     ("order", "mode"),
     [
         ("discriminator first", "eager"),
-        ("discriminator first", "graph"),
+        pytest.param("discriminator first", "graph", marks=pytest.mark.slow),
         ("discriminator first", "loop"),
-        ("generator first", "eager"),
+        pytest.param("generator first", "eager", marks=pytest.mark.slow),
         ("generator first", "graph"),
-        ("generator first", "unrolled"),
+        pytest.param("generator first", "unrolled", marks=pytest.mark.slow),
         ("both", "eager"),
-        ("both", "graph"),
+        pytest.param("both", "graph", marks=pytest.mark.slow),
     ],
 )
 def test_factors_of_a_gan_are_those_of_each_network_and_its_own_loss(order, mode, caplog):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 import trajectories
 
+QUICK = ("conv_net", "custom_loss")
 FILES = sorted(trajectories.FOLDER.glob("format-*.keras"))
 
 
@@ -39,7 +40,13 @@ def test_stored_models_load_and_go_on(path):
     assert np.linalg.norm(nets.flat_weights(model) - nets.flat_weights(fresh)) > 0.1 * moved
 
 
-@pytest.mark.parametrize("name", trajectories.NETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in trajectories.NETS
+    ],
+)
 def test_weights_are_the_stored_ones(name):
     stored = np.load(trajectories.FOLDER / f"{name}.npz")
     weights = trajectories.weights_after_training(name)

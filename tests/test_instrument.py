@@ -78,6 +78,7 @@ def test_every_layer_is_covered_and_trained(name):
     assert all(np.abs(block.gamma).max() > 0 for block in model.optimizer.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_instrumented_before_it_is_built_trains_the_same(name):
     build, expected = MODELS[name]

@@ -41,7 +41,7 @@ def train(model, x, y, steps=5, loss=LOSS, **compiled):
     return nets.flat_weights(model)
 
 
-@pytest.mark.parametrize("form", ["list", "dict"])
+@pytest.mark.parametrize("form", [pytest.param("list", marks=pytest.mark.slow), "dict"])
 def test_two_inputs_and_outputs_train_as_two_models(form):
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)
     separate = np.concatenate(
@@ -142,7 +142,7 @@ def test_one_layer_in_two_models():
     assert losses() < before
 
 
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("run_eagerly", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_models_in_turn_train_as_each_alone(run_eagerly):
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)
     alone = [

@@ -68,6 +68,7 @@ def test_starts_are_drawn_anew_for_each_step_and_repeat_under_a_seed():
     assert all(0 <= start < 1 for start in starts)
 
 
+@pytest.mark.slow
 def test_training_with_a_sample_learns_and_a_sample_of_all_changes_nothing():
     options = {"seed": 1, "fisher": "exact", "factor_update_period": 2}
     weights = {}

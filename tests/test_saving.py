@@ -68,7 +68,9 @@ def by_checkpoint_object(model, tmp_path):
 WAYS = [by_keras_file, by_weights_file, by_checkpoint_object]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [WAYS[0], *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])]
+)
 def test_two_epochs_and_two_more_are_four(way, uninterrupted, tmp_path):
     model = compiled()
     fit(model, 2)
@@ -223,6 +225,7 @@ def test_training_goes_on_after_a_kill_in_mid_epoch(uninterrupted, tmp_path):
     assert_same_state(keras.saving.load_model(tmp_path / "end.keras"), uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
 def test_resuming_under_another_dtype_policy(policy, tmp_path):
     keras.config.set_dtype_policy(policy)
@@ -237,6 +240,7 @@ def test_resuming_under_another_dtype_policy(policy, tmp_path):
     assert_same_state(resumed, expected)
 
 
+@pytest.mark.slow
 def test_resuming_with_all_of_keras_optimizer_state(tmp_path):
     """EMA, gradient accumulation and schedules have variables of their own."""
 
