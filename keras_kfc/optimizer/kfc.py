@@ -17,7 +17,7 @@ from keras_kfc.optimizer.factor_updates import FactorUpdates
 from keras_kfc.optimizer.memory import memory_of, planned_blocks
 from keras_kfc.passes.automatic import PendingCaptures
 from keras_kfc.steps.loss_trend import Progress
-from keras_kfc.steps.polyak import StepSize
+from keras_kfc.steps.polyak import PolyakSteps
 from keras_kfc.utils.arguments import (
     check_base_arguments,
     check_boolean,
@@ -253,7 +253,7 @@ class KFC(FactorUpdates):
         self.skipped_factor_updates = self._counter("skipped_factor_updates")
         self.skipped_inverse_updates = self._counter("skipped_inverse_updates")
         self.progress = Progress(self.add_variable)
-        self.step_size = StepSize(self.add_variable)
+        self.step_size = PolyakSteps(self.add_variable, self.progress)
         self._preconditioner: Any = None
         self._momentums: tuple[Any, ...] = ()
         self._second_moments: tuple[Any, ...] = ()

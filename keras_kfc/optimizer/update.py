@@ -10,7 +10,11 @@ from keras_kfc.optimizer.archive import ResumableOptimizer
 from keras_kfc.optimizer.hyperparameter import Settable
 from keras_kfc.optimizer.telemetry import StepTelemetry
 from keras_kfc.placement.replicas import count_replicas, in_cross_replica_context, sum_over_replicas
+from keras_kfc.steps.api import StepQuery, StepRule
 from keras_kfc.steps.loss_trend import Progress
+from keras_kfc.steps.plain import PlainSteps
+from keras_kfc.steps.polyak import PolyakSteps
+from keras_kfc.steps.trust_region import TrustRegion
 
 # Weight decay of variables without a block, over that of kernels with one: with the default
 # of 0.02, that of Keras's AdamW.
@@ -22,6 +26,9 @@ class PreconditionedStep(ResumableOptimizer):
 
     _preconditioner: Preconditioner
     progress: Progress
+    step_size: PolyakSteps
+    kl_clip: float | None
+    scale_free: bool
     # Sums over steps, where somebody watches; see `keras_kfc.monitor.CurvatureMonitor`.
     watched_steps: StepTelemetry | None
 
@@ -196,29 +203,26 @@ class PreconditionedStep(ResumableOptimizer):
                 for index in range(len(self._trainable_variables))
             ]
         )
-        if self.polyak is None:
-            longest = rates = tf.fill(tf.shape(squares), learning_rate)
-        else:
-            bound = learning_rate * (1 - self.momentum)
-            longest = tf.math.divide_no_nan(bound, tf.sqrt(squares))
-            rates = self.step_size.rates(
-                self.progress,
-                learning_rate,
-                self.momentum,
-                tf.cast(self.polyak, tf.float32),
-                promise,
-                squares,
-            )
-        if self.kl_clip is not None:
-            # Before any loss has been seen the unit is 1.
-            unit = tf.where(self.progress.seen, tf.abs(self.progress.excess.value), 1.0)
-            bound = self.kl_clip * (unit if self.scale_free else 1.0)
-            squared = tf.maximum(quadratic, 0.0)
-            rates = tf.minimum(rates, tf.sqrt(tf.math.divide_no_nan(bound, squared)))
+        query = StepQuery(
+            learning_rate=learning_rate,
+            momentum=self.momentum,
+            scale=tf.constant(1.0) if self.polyak is None else tf.cast(self.polyak, tf.float32),
+            slope=promise,
+            clipped_slope=quadratic,
+            squares=squares,
+        )
+        rule = self._step_rule()
+        rates, longest = rule.rates(query), rule.longest(query)
         of_kernels = list(members)
         share = tf.math.divide_no_nan(tf.gather(rates, of_kernels), tf.gather(longest, of_kernels))
         by_variable = {i: rates[kernel] for kernel, own in members.items() for i in own}
         return by_variable, tf.reduce_mean(share)
+
+    def _step_rule(self) -> StepRule:
+        rule: StepRule = PlainSteps() if self.polyak is None else self.step_size
+        if self.kl_clip is None:
+            return rule
+        return TrustRegion(rule, self.kl_clip, self.scale_free, self.progress)
 
     def _momentum_change(self, index, variable, step_size, direction):
         """Moves the momentum of a variable with a block, and tells the variable's change."""

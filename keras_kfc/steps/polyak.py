@@ -20,6 +20,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_kfc.steps.api import StepQuery
 from keras_kfc.steps.loss_trend import Progress
 
 # Of the averages of the ratio and of the lengths of directions. At the start they forget faster:
@@ -33,14 +34,16 @@ _BLIND = 0.2
 _FIRST_STEPS = 20
 
 
-class StepSize:
+class PolyakSteps:
     """The rule, with what it remembers.
 
     Args:
         add_variable: Makes a variable of the optimizer.
+        progress: The losses seen so far.
     """
 
-    def __init__(self, add_variable: Callable[..., Any]):
+    def __init__(self, add_variable: Callable[..., Any], progress: Progress):
+        self._progress = progress
         self._ratio = add_variable((), dtype="float32", name="slope_over_gap")
         self._ratio_count = add_variable((), dtype="float32", name="slope_over_gap_count")
         self._highest_rate = add_variable((), dtype="float32", name="highest_learning_rate")
@@ -55,41 +58,29 @@ class StepSize:
         self._squares = add_variable((variables,), dtype="float32", name="squared_length")
         self._squares_count = add_variable((), dtype="float32", name="squared_length_count")
 
-    def rates(
-        self,
-        progress: Progress,
-        learning_rate: tf.Tensor,
-        momentum: float,
-        scale: tf.Tensor,
-        slope: tf.Tensor,
-        squares: tf.Tensor,
-    ) -> tf.Tensor:
-        """Factors of the directions of all blocks, `(variables,)`; moves what is remembered.
-
-        Args:
-            progress: The losses seen so far.
-            learning_rate: `η`, a scalar.
-            momentum: `μ`.
-            scale: `c`, a scalar.
-            slope: `p`, a scalar.
-            squares: Mean square of each block's direction at the index of its kernel and zeros at
-                all others, `(variables,)`.
-        """
+    def rates(self, query: StepQuery) -> tf.Tensor:
+        """Rates of all blocks, `(variables,)`; moves what is remembered."""
+        learning_rate, progress = query.learning_rate, self._progress
         self._highest_rate.assign(tf.maximum(self._highest_rate, learning_rate))
-        scale *= tf.math.divide_no_nan(learning_rate, self._highest_rate.value)
+        scale = query.scale * tf.math.divide_no_nan(learning_rate, self._highest_rate.value)
         gap = progress.gap()
-        ratio = tf.math.divide_no_nan(tf.maximum(slope, 0.0), gap)
+        ratio = tf.math.divide_no_nan(tf.maximum(query.slope, 0.0), gap)
         # Averages of before this batch: a step that depended on its size would be biased.
         ratio = _average(self._ratio, self._ratio_count, ratio, gap > 0)
-        usual = _average(self._squares, self._squares_count, squares, tf.constant(True))
-        longest = learning_rate * (1 - momentum)
-        polyak = (1 - momentum) * tf.math.divide_no_nan(scale, ratio)
+        usual = _average(self._squares, self._squares_count, query.squares, tf.constant(True))
+        longest = learning_rate * (1 - query.momentum)
+        polyak = (1 - query.momentum) * tf.math.divide_no_nan(scale, ratio)
         known = progress.lowest_known > 0
-        bound = tf.math.divide_no_nan(longest, tf.sqrt(squares))
+        bound = tf.math.divide_no_nan(longest, tf.sqrt(query.squares))
         within = tf.minimum(polyak, tf.where(known, 1.0, _UNKNOWN) * bound)
         blind = scale * _BLIND * tf.math.divide_no_nan(longest, tf.sqrt(usual))
         early = ~known & (progress.steps_seen <= _FIRST_STEPS)
         return tf.where(early | ~progress.seen, tf.minimum(blind, bound), within)
+
+    def longest(self, query: StepQuery) -> tf.Tensor:
+        """The bound, `η (1 - μ) / rms(d_b)`, `(variables,)`."""
+        bound = query.learning_rate * (1 - query.momentum)
+        return tf.math.divide_no_nan(bound, tf.sqrt(query.squares))
 
 
 def _average(average: Any, count: Any, value: tf.Tensor, usable: tf.Tensor) -> tf.Tensor:

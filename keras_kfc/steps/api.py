@@ -1,0 +1,41 @@
+"""What a rule of the step size is asked, and what it answers.
+
+A rule gives each block a rate `α_b`; the block's step is `-α_b d_b`, with `d = F⁻¹ g`. Blocks go by
+the index of their kernel among the trainable variables; at all other indices nothing counts.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class StepQuery:
+    """What is known of a step before its size.
+
+    Args:
+        learning_rate: `η`, a float32 scalar.
+        momentum: `μ`.
+        scale: `c`, what a rule's steps are multiplied by, a float32 scalar.
+        slope: `g · F⁻¹ g` of the gradient as it was before it was clipped, a float32 scalar.
+        clipped_slope: The same of the gradient that the step is along.
+        squares: Mean square of each block's direction, `(variables,)`, float32.
+    """
+
+    learning_rate: tf.Tensor
+    momentum: float
+    scale: tf.Tensor
+    slope: tf.Tensor
+    clipped_slope: tf.Tensor
+    squares: tf.Tensor
+
+
+class StepRule(Protocol):
+    """A rule of the step size, with what it remembers."""
+
+    def rates(self, query: StepQuery) -> tf.Tensor:
+        """`α_b` of all blocks, `(variables,)`; moves what is remembered, once for each step."""
+
+    def longest(self, query: StepQuery) -> tf.Tensor:
+        """The largest rates that the rule allows, `(variables,)`."""

@@ -1,0 +1,121 @@
+"""What every layer kind and its linear map must do, whatever they are.
+
+The main test needs no formula of a kind's own. A layer is linear up to its activation, `s = ā W̄`
+for each position. So the gradient of `½ Σ s²` with regard to `W̄` is `(Σ ā āᵀ) W̄`: what automatic
+differentiation says of the layer must be what the map makes of its inputs.
+"""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kfc
+from conftest import relative_error
+from keras_kfc.layers.instrumented import INSTRUMENTED
+from keras_kfc.maps.api import LinearMap, input_factor, output_factor
+
+# A line for each layer kind: options, and shape of an example.
+KINDS = {
+    "Conv1D": [
+        ({"filters": 4, "kernel_size": 3}, (7, 2)),
+        ({"filters": 4, "kernel_size": 2, "strides": 2, "padding": "same", "groups": 2}, (7, 6)),
+        ({"filters": 3, "kernel_size": 3, "dilation_rate": 2, "padding": "causal"}, (7, 2)),
+    ],
+    "Conv2D": [
+        ({"filters": 4, "kernel_size": (3, 2)}, (6, 5, 2)),
+        ({"filters": 4, "kernel_size": 3, "strides": 2, "padding": "same", "groups": 2}, (6, 5, 4)),
+        ({"filters": 3, "kernel_size": 2, "dilation_rate": 2, "use_bias": False}, (6, 5, 3)),
+    ],
+    "Dense": [
+        ({"units": 3}, (4,)),
+        ({"units": 3, "use_bias": False}, (5, 4)),
+        ({"units": 2}, (3, 5, 4)),
+    ],
+}
+CASES = [(name, *case) for name, cases in KINDS.items() for case in cases]
+
+
+def layer_and_inputs(name, options, shape):
+    keras.utils.set_random_seed(3)
+    layer = getattr(keras_kfc.layers, name)(**options, bias_initializer="normal", dtype="float64")
+    inputs = tf.constant(np.random.default_rng(0).normal(size=(4, *shape)))
+    return layer, inputs, layer(inputs)
+
+
+def stacked(layer, kernel, bias):
+    return layer.linear_map.stack_bias(kernel, bias if layer.use_bias else None)
+
+
+def test_every_registered_kind_is_here():
+    assert set(KINDS) == {kind.__name__ for kind in INSTRUMENTED.values()}
+    assert all(getattr(keras_kfc.layers, name) in INSTRUMENTED.values() for name in KINDS)
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_the_map_makes_of_the_inputs_what_differentiation_makes_of_the_layer(name, options, shape):
+    layer, inputs, _ = layer_and_inputs(name, options, shape)
+    variables = [layer.kernel.value] + ([layer.bias.value] if layer.use_bias else [])
+    with tf.GradientTape() as tape:
+        half_square = 0.5 * tf.reduce_sum(tf.square(layer(inputs)))
+    gradients = [*tape.gradient(half_square, variables), None]
+    expected = stacked(layer, *gradients[:2])
+    weights = stacked(layer, layer.kernel.value, layer.bias.value if layer.use_bias else None)
+    omega = input_factor(layer.linear_map, [inputs], tf.constant(4), layer.use_bias)
+    assert relative_error(4.0 * omega @ weights, expected) < 1e-12
+    # Negative control: in another order of the rows it would not be.
+    assert relative_error(4.0 * omega[:, ::-1] @ weights, expected) > 0.1
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_derivatives_become_rows_of_all_positions(name, options, shape):
+    layer, inputs, outputs = layer_and_inputs(name, options, shape)
+    linear_map = layer.linear_map
+    rows = linear_map.derivative_rows(outputs)
+    positions = int(linear_map.count_positions(inputs))
+    columns = linear_map.outputs // linear_map.groups
+    assert rows.shape == (linear_map.groups, positions, columns)
+    # A channel of a group is one of the output's last axis.
+    for group in range(linear_map.groups):
+        own = outputs.numpy().reshape(positions, -1)[:, group * columns : (group + 1) * columns]
+        np.testing.assert_array_equal(rows[group], own)
+        gamma = output_factor(linear_map, [outputs])[group]
+        assert relative_error(gamma, own.T @ own / positions) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_weights_are_stacked_and_unstacked(name, options, shape):
+    layer, _, _ = layer_and_inputs(name, options, shape)
+    linear_map = layer.linear_map
+    bias = layer.bias.value if layer.use_bias else None
+    weights = linear_map.stack_bias(layer.kernel.value, bias)
+    rows = linear_map.kernel_rows + layer.use_bias
+    assert weights.shape == (linear_map.groups, rows, linear_map.outputs // linear_map.groups)
+    kernel, again = linear_map.unstack_bias(weights)
+    np.testing.assert_array_equal(kernel, layer.kernel)
+    assert (again is None) == (not layer.use_bias)
+    if again is not None:
+        np.testing.assert_array_equal(again, layer.bias)
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_the_map_has_the_members_of_the_protocol(name, options, shape):
+    layer, _, _ = layer_and_inputs(name, options, shape)
+    for member, _ in inspect.getmembers(LinearMap):
+        assert member.startswith("_") or hasattr(layer.linear_map, member), member
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_capture_sees_the_inputs_and_derivatives_of_a_use(name):
+    options, shape = KINDS[name][0]
+    layer, inputs, _ = layer_and_inputs(name, options, shape)
+    with keras_kfc.Capture() as capture:
+        outputs = layer(inputs)
+        loss = tf.reduce_sum(outputs**3)
+    (record,) = capture.records.values()
+    (use,) = record.uses
+    assert use.inputs is inputs and record.linear_map == layer.linear_map
+    ((derivative,),) = capture.differentiate([loss], [tf.ones_like(loss)]).values()
+    assert relative_error(derivative, 3 * outputs**2) < 1e-12
