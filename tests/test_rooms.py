@@ -50,10 +50,7 @@ def test_imports_run_one_way(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_files_can_be_read_at_one_sitting(path):
-    # The optimizer's arguments and their documentation alone take half of its lines. It is to
-    # shrink, as its parts become objects of their own.
-    longest = 370 if (path.parent.name, path.stem) == ("optimizer", "kfc") else 300
-    assert len(path.read_text().splitlines()) <= longest
+    assert len(path.read_text().splitlines()) <= 300
 
 
 def test_only_one_room_knows_private_names():

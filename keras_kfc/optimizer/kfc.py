@@ -2,7 +2,7 @@
 
 This module holds the arguments, state and configuration of the optimizer; how it
 takes in statistics stands in `factor_updates`, what it does with gradients in
-`step`.
+`update`.
 """
 
 import random
@@ -12,20 +12,13 @@ from typing import Any
 import keras
 
 from keras_kfc.curvature.block_diagonal import Preconditioner
-from keras_kfc.losses.derivatives import FISHERS
+from keras_kfc.optimizer.arguments import CHECKS, KERAS_ARGUMENTS, checked
 from keras_kfc.optimizer.factor_updates import FactorUpdates
-from keras_kfc.optimizer.memory import memory_of, planned_blocks
+from keras_kfc.optimizer.memory import usage_of
 from keras_kfc.passes.automatic import PendingCaptures
 from keras_kfc.steps.loss_trend import Progress
 from keras_kfc.steps.polyak import PolyakSteps
-from keras_kfc.utils.arguments import (
-    check_base_arguments,
-    check_boolean,
-    check_choice,
-    check_number,
-    check_positive_integer,
-    check_seed,
-)
+from keras_kfc.utils.arguments import check_base_arguments
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")
@@ -51,24 +44,17 @@ class KFC(FactorUpdates):
     steps, in every second of the next 8, in every fourth of the next 16, and so on, up to
     the period.
 
-    `α` is Polyak's step size in the metric of the Fisher matrix. `Σ d·D` is what a step with
-    `α = 1` would take off the loss to first order, and momentum multiplies that by
-    `1 / (1 - μ)`. Together they promise a part `c`, `polyak`, of the gap `G`: what the loss has
-    above the lowest value within reach. The targets tell of that value, and how fast the loss
-    falls; where only the fall is known, as for a loss function of your own, a constant in the
-    loss and its sign change nothing. The average is of some 20 steps before: by the batch at
-    hand, steps would be short where gradients are large.
-
-    `η` is the learning rate. No layer's weights move by more in a step, root mean square and with
+    `α` is Polyak's step size in the metric of the Fisher matrix: a gradient, momentum included,
+    promises to take off a part `c`, `polyak`, of the gap `G`, which is what the loss has above the
+    lowest value within reach. The targets tell of that value, and how fast the loss falls. `η` is
+    the learning rate: no layer's weights move by more in a step, root mean square and with
     momentum, as with Adam. `s` is `η` over its highest value so far, so that a schedule acts on
     steps below the bound, too. Where the train step hides its loss, a layer moves by a fifth of
     the bound. The reasons, and the constants, stand in `docs/method.md`.
 
     Kernels decay by a part `w`, `weight_decay`, of the step, so far as the gradient is noise:
     `n = 1 - min(1, 2 (L - L₀) / Σ d·D)`, since a quadratic loss without noise has
-    `Σ d·D = 2 (L - L₀)`. Without decay, nets were less accurate on new data than Adam's at
-    the same training loss; where there is no noise, nothing is there to be learned by heart.
-    Where `L₀` is not known, they decay as all other variables do.
+    `Σ d·D = 2 (L - L₀)`. Where `L₀` is not known, they decay as all other variables do.
 
     All this is free of scale: `λ` is `damping` times the mean eigenvalue of the layer's own
     block by default, and a loss weight changes nothing.
@@ -209,42 +195,12 @@ class KFC(FactorUpdates):
         name=None,
         **kwargs,
     ):
-        base = {
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "clipnorm": clipnorm,
-            "clipvalue": clipvalue,
-            "global_clipnorm": global_clipnorm,
-            "use_ema": use_ema,
-            "ema_momentum": ema_momentum,
-            "ema_overwrite_frequency": ema_overwrite_frequency,
-            "loss_scale_factor": loss_scale_factor,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-        }
+        arguments = locals()
+        base = {argument: arguments[argument] for argument in KERAS_ARGUMENTS}
         check_base_arguments(base)
         super().__init__(name=name, **base, **kwargs)
-        self.momentum = check_number("momentum", momentum, 0, 1)
-        self.nesterov = check_boolean("nesterov", nesterov)
-        if kl_clip is not None:
-            kl_clip = check_number("kl_clip", kl_clip, 0, exclude_low=True)
-        self.kl_clip = kl_clip
-        self.fisher = check_choice("fisher", fisher, FISHERS)
-        self.factor_decay = check_number("factor_decay", factor_decay, 0, 1)
-        self.factor_update_period = check_positive_integer(
-            "factor_update_period", factor_update_period
-        )
-        self.inverse_update_period = check_positive_integer(
-            "inverse_update_period", inverse_update_period
-        )
-        self.scale_free = check_boolean("scale_free", scale_free)
-        if factor_samples is not None:
-            factor_samples = check_positive_integer("factor_samples", factor_samples)
-        self.factor_samples = factor_samples
-        if max_factor_dim is not None:
-            max_factor_dim = check_positive_integer("max_factor_dim", max_factor_dim)
-        self.max_factor_dim = max_factor_dim
-        self.fallback_lr_ratio = check_number("fallback_lr_ratio", fallback_lr_ratio, 0)
-        self.seed = check_seed(seed)
+        for argument, value in checked(arguments).items():
+            setattr(self, argument, value)
         self.damping = damping
         self.polyak = polyak
         draw = random.randrange(2**31) if self.seed is None else self.seed
@@ -260,11 +216,9 @@ class KFC(FactorUpdates):
         self._noticed = False
         self._told = False
         self.pending_captures = PendingCaptures()
-        self._left_out = frozenset()
-        self._told_of = frozenset()
+        self._left_out = self._told_of = self._before_build = frozenset()
         self._stored = None
         self.watched_steps = None
-        self._before_build = frozenset()
 
     def _counter(self, name: str, initial: int = 0) -> keras.Variable:
         initializer = keras.initializers.Constant(initial)
@@ -303,11 +257,7 @@ class KFC(FactorUpdates):
         self._take_waiting_state()
 
     def has_block(self, kernel):
-        """Whether a kernel variable has a Kronecker block, or may get one in `build`.
-
-        Args:
-            kernel: The variable.
-        """
+        """Whether a kernel variable has a Kronecker block, or may get one in `build`."""
         return not self.built or self._preconditioner.has_block(kernel)
 
     def memory_usage(self, variables=None):
@@ -331,33 +281,15 @@ class KFC(FactorUpdates):
         >>> usage.entries[0].omega, usage.entries[0].inverses
         ((1, 4, 4), 80)
         """
-        if self.built:
-            variables = self._trainable_variables
-            parts = [(b.path, b.partition, b.kernel, b.bias) for b in self.blocks]
-        else:
-            parts = planned_blocks(variables, self.max_factor_dim)
-        copies = int(self.use_ema) + bool(self.gradient_accumulation_steps)
-        own = (v for v in self.variables if not self.built or id(v) in self._before_build)
-        return memory_of(variables, parts, copies, own)
+        return usage_of(self, variables)
 
     def get_config(self):
         """Configuration from which `from_config` makes an equal optimizer."""
         return {
             **super().get_config(),
             "damping": KFC.damping.serialized(self),
-            "momentum": self.momentum,
-            "nesterov": self.nesterov,
             "polyak": KFC.polyak.serialized(self),
-            "kl_clip": self.kl_clip,
-            "fisher": self.fisher,
-            "factor_decay": self.factor_decay,
-            "factor_update_period": self.factor_update_period,
-            "inverse_update_period": self.inverse_update_period,
-            "scale_free": self.scale_free,
-            "factor_samples": self.factor_samples,
-            "max_factor_dim": self.max_factor_dim,
-            "fallback_lr_ratio": self.fallback_lr_ratio,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in CHECKS},
         }
 
     @classmethod

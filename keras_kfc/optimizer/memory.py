@@ -167,3 +167,21 @@ def _shape_text(shape: tuple[int, int, int] | None) -> str:
         return "none"
     count, rows, _ = shape
     return f"{rows} x {rows}" if count == 1 else f"{count} of {rows} x {rows}"
+
+
+def usage_of(optimizer: Any, variables: Any = None) -> MemoryUsage:
+    """What an optimizer's variables take, or would take once it is built.
+
+    Args:
+        optimizer: The `keras_kfc.KFC`.
+        variables: The trainable variables of the model, while the optimizer is not built.
+    """
+    if optimizer.built:
+        variables = optimizer._trainable_variables
+        parts = [(b.path, b.partition, b.kernel, b.bias) for b in optimizer.blocks]
+    else:
+        parts = planned_blocks(variables, optimizer.max_factor_dim)
+    copies = int(optimizer.use_ema) + bool(optimizer.gradient_accumulation_steps)
+    before = optimizer._before_build
+    own = (v for v in optimizer.variables if not optimizer.built or id(v) in before)
+    return memory_of(variables, parts, copies, own)

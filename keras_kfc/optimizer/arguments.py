@@ -1,0 +1,65 @@
+"""Checks of the arguments that KFC has beside those of every Keras optimizer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from keras_kfc.losses.derivatives import FISHERS
+from keras_kfc.utils.arguments import (
+    check_boolean,
+    check_choice,
+    check_number,
+    check_positive_integer,
+    check_seed,
+)
+
+
+def _number(high: float | None = None, exclude_low: bool = False) -> Callable[[str, Any], float]:
+    options = {} if high is None else {"high": high}
+    return lambda name, value: check_number(name, value, 0, exclude_low=exclude_low, **options)
+
+
+def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+# What Keras's own optimizers take, too.
+KERAS_ARGUMENTS = (
+    "learning_rate",
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+# `damping` and `polyak` check themselves, see `keras_kfc.optimizer.hyperparameter`.
+CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "momentum": _number(high=1),
+    "nesterov": check_boolean,
+    "kl_clip": _or_none(_number(exclude_low=True)),
+    "fisher": lambda name, value: check_choice(name, value, FISHERS),
+    "factor_decay": _number(high=1),
+    "factor_update_period": check_positive_integer,
+    "inverse_update_period": check_positive_integer,
+    "scale_free": check_boolean,
+    "factor_samples": _or_none(check_positive_integer),
+    "max_factor_dim": _or_none(check_positive_integer),
+    "fallback_lr_ratio": _number(),
+    "seed": lambda name, value: check_seed(value),
+}
+
+
+def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in the types that the optimizer keeps them in.
+
+    Args:
+        arguments: All arguments in `CHECKS`, by name.
+
+    Raises:
+        TypeError: If one is of another type than it must be.
+        ValueError: If one is out of range.
+    """
+    return {name: check(name, arguments[name]) for name, check in CHECKS.items()}
