@@ -79,6 +79,7 @@ def test_norm_of_the_gradient_is_that_of_the_gradients():
     assert history["gradient_norm"][0] == pytest.approx(np.mean(norms), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_trust_scale_is_the_share_of_the_step_that_is_taken():
     """Without momentum, a bounded step is the free step times the trust scale."""
 
@@ -169,6 +170,7 @@ def test_skipped_steps_are_counted_and_do_not_enter_the_means():
     assert np.isfinite(history["update_norm"][0])
 
 
+@pytest.mark.slow
 def test_a_monitor_may_come_late_and_go_again():
     """Its means are those of the epoch that it watches, in a step that was traced without it."""
     model = compiled()

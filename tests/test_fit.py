@@ -131,6 +131,7 @@ def test_learning_rate_callbacks_do_what_a_schedule_does():
     assert_equal_weights(fit(compiled(KFC(seed=3)), callbacks=[callback]), expected)
 
 
+@pytest.mark.slow
 def test_reducing_on_a_plateau_takes_effect(reference):
     callback = keras.callbacks.ReduceLROnPlateau(
         monitor="loss", min_delta=100.0, patience=1, factor=0.1
@@ -235,6 +236,7 @@ def test_both_backward_passes_see_one_dropout_mask():
     np.testing.assert_array_equal(in_omega, in_gamma)
 
 
+@pytest.mark.slow
 def test_trainable_toggled_between_compiles():
     model = fit(compiled())
     hidden = model.get_layer("hidden")

@@ -193,7 +193,7 @@ def test_a_gan_trains():
     assert int(model.d_optimizer.skipped_steps) == int(model.g_optimizer.skipped_steps) == 0
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize("run_eagerly", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_encoder_and_a_decoder_with_an_optimizer_each_and_one_loss(run_eagerly):
     """One tape; all gradients are taken before the first of the optimizers steps."""
 

@@ -344,6 +344,7 @@ def test_layers_that_were_excluded_are_not_told(caplog):
     assert not messages(caplog)
 
 
+@pytest.mark.slow
 def test_strip_and_instrument_between_two_fits_changes_nothing(caplog):
     models = [conv_net(keras.layers) for _ in range(2)]
     for model in models:

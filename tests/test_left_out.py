@@ -159,6 +159,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(instrumented, tmp_path, caplo
     assert not [m for m in messages(caplog) if "built before" in m]
 
 
+@pytest.mark.slow
 def test_blocks_that_have_statistics_stay(caplog):
     """A penalty that comes in later, when steps have been taken with the layers' blocks."""
     model = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])

@@ -65,6 +65,7 @@ def test_two_inputs_and_outputs_train_as_two_models(form):
     np.testing.assert_allclose(joint, separate, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_weights_of_an_output_do_not_reach_the_other_branch():
     """Scale-free damping: a branch trains alike whatever its loss is multiplied by."""
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)

@@ -158,6 +158,7 @@ def test_weight_decay_is_decoupled_and_leaves_out_biases_and_what_is_excluded():
         np.testing.assert_allclose(after - free, -0.5 * rate * before, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_exclusion_by_variable_list():
     model = net()
     optimizer = kfc(weight_decay=0.5)

@@ -163,6 +163,7 @@ def test_a_loss_of_zero_is_no_error():
     assert np.isfinite(paces([1.0] * 200 + [0.0] * 200)).all()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_at_its_pace(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 4)).astype("f")

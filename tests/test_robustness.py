@@ -270,6 +270,7 @@ def test_layer_that_is_never_called():
     assert np.isfinite(flat_weights(model)).all()
 
 
+@pytest.mark.slow
 def test_second_compile_starts_afresh():
     model = compiled()
     model.train_on_batch(*image_batch())

@@ -101,6 +101,7 @@ def test_state_loaded_before_the_optimizer_is_built_waits_for_it(uninterrupted, 
     assert_same_state(fresh, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_restored_before_the_optimizer_is_built_waits_for_it(uninterrupted, tmp_path):
     model = compiled()
     fit(model, 2)
@@ -134,6 +135,7 @@ def own_model(**kwargs):
     return model
 
 
+@pytest.mark.slow
 def test_state_of_layers_in_a_class_of_ones_own_waits_for_instrument(tmp_path):
     expected = own_model()
     fit(expected, 4)
@@ -182,6 +184,7 @@ def test_the_last_state_that_was_loaded_counts():
     assert int(model.optimizer._draw_seed) == 9 and int(model.optimizer.iterations) == 0
 
 
+@pytest.mark.slow
 def test_a_model_checkpoint_of_the_second_epoch_resumes(uninterrupted, tmp_path):
     model = compiled()
     callback = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
@@ -271,6 +274,7 @@ def test_state_of_an_optimizer_before_its_first_step(tmp_path):
     assert int(fresh.optimizer._draw_seed) == SEED
 
 
+@pytest.mark.slow
 def test_clones_are_instrumented_and_independent():
     model = compiled()
     fit(model, 1)

@@ -70,7 +70,7 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
     assert min(noises) == 0.0 and max(noises) > 0.3
 
 
-@pytest.mark.parametrize("decay", [None, 0.02])
+@pytest.mark.parametrize("decay", [pytest.param(None, marks=pytest.mark.slow), 0.02])
 def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
     """A regression without noise ends at its solution, also along inputs that hardly vary."""
     keras.config.set_floatx("float64")

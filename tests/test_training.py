@@ -35,6 +35,7 @@ def test_training_learns():
     assert model.evaluate(images, labels, verbose=0) < 0.2
 
 
+@pytest.mark.slow
 def test_xla_trains_as_graph_mode_does():
     """With the exact Fisher, because TensorFlow's random numbers differ under XLA."""
     plain, compiled = (
@@ -71,6 +72,7 @@ class Subclassed(keras.Model):
         return inputs
 
 
+@pytest.mark.slow
 def test_subclassed_models_without_training_argument():
     class WithArgument(Subclassed):
         def call(self, inputs, training=None):
@@ -94,6 +96,7 @@ def test_custom_train_step_that_calls_compute_loss_gets_the_sampled_fisher(refer
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_custom_train_step_with_a_loss_of_its_own_gets_the_empirical_fisher(caplog):
     class Custom(keras.Sequential):
         def train_step(self, data):
@@ -140,6 +143,7 @@ def test_update_factors_before_build_is_refused_with_advice():
         kfc().update_factors(keras_kfc.Capture(), "mse", tf.ones((1, 1)), tf.ones((1, 1)))
 
 
+@pytest.mark.slow
 def test_a_constant_factor_on_the_loss_changes_nothing():
     """Includes the fallback rule for the batch norm; float64 leaves nothing to tolerance."""
     keras.config.set_floatx("float64")
