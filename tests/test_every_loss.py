@@ -129,7 +129,15 @@ class Own(keras.losses.Loss):
 
 
 @pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loss", [in_batch_contrast, scalar, elementwise, Own()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        in_batch_contrast,
+        pytest.param(scalar, marks=pytest.mark.slow),
+        pytest.param(elementwise, marks=pytest.mark.slow),
+        Own(),
+    ],
+)
 def test_losses_of_a_users_own_train_and_one_line_tells(loss, fisher, caplog):
     with caplog.at_level(logging.INFO, "keras_kfc"):
         values, _ = history_of(

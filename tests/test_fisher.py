@@ -326,6 +326,7 @@ def _reparameterised(optimizer, steps):
     return outputs
 
 
+@pytest.mark.slow
 def test_undamped_training_is_invariant_to_affine_changes_of_coordinates():
     def kfc():
         return keras_kfc.KFC(

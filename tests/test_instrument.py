@@ -288,6 +288,7 @@ def test_verbose_prints_the_table(capsys):
     assert "Kronecker block" in printed and "norm" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("application", ["MobileNetV2", "ResNet50V2", "DenseNet121"])
 def test_keras_applications_are_covered_and_serve_the_same(application):
     build = getattr(keras.applications, application)

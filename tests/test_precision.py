@@ -212,7 +212,9 @@ def test_a_loss_scale_that_nobody_can_tell_changes_nothing():
     np.testing.assert_allclose(other_weights, weights, atol=0.03)
 
 
-@pytest.mark.parametrize("options", [{"scale_free": False}, {"polyak": None}])
+@pytest.mark.parametrize(
+    "options", [{"scale_free": False}, pytest.param({"polyak": None}, marks=pytest.mark.slow)]
+)
 def test_options_that_depend_on_a_loss_scale_that_nobody_can_tell_say_what_to_do(options):
     model = parts_in_float16(2.0, **options)
     with pytest.raises(ValueError, match=r"cannot tell the loss scale.*`keras_kfc\.Capture"):

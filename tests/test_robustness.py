@@ -296,6 +296,7 @@ def test_layers_out_of_reach_say_what_to_do():
         compiled(Looping(), "mse").train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
 
 
+@pytest.mark.slow
 def test_embedding_and_other_layers_train_by_the_fallback_rule():
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
