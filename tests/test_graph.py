@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from nets import conv_net, image_batch
+from nets import conv_net, flat_weights, image_batch
 
 import keras_kfc
 
@@ -76,6 +76,27 @@ def test_factors_are_not_read_outside_of_branches():
     assert users["gamma"] <= BRANCHES
     # What is read in every step shows as such.
     assert "ReadVariableOp" in users["omega_inverse"]
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 2}], ids=["step", "steps"])
+def test_an_optimizer_that_is_built_in_the_first_step_costs_no_second_trace(options):
+    """And trains as one that was built before."""
+    images, labels = image_batch(64)
+
+    def trained(built):
+        model, calls = conv_net(), []
+        optimizer = keras_kfc.KFC(seed=1)
+        model.compile(optimizer, "sparse_categorical_crossentropy", **options)
+        if built:
+            optimizer.build(model.trainable_variables)
+        original = model.train_step
+        model.train_step = lambda data: calls.append(1) or original(data)
+        model.fit(images, labels, batch_size=16, epochs=2, shuffle=False, verbose=0)
+        return len(calls), flat_weights(model)
+
+    (count, weights), (other_count, other_weights) = trained(True), trained(False)
+    assert other_count == count
+    np.testing.assert_allclose(other_weights, weights, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
