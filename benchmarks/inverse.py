@@ -13,9 +13,11 @@ import tensorflow as tf
 from benchmarks.harness import interleaved, report
 from benchmarks.step import NETS
 from keras_kfc import instrument
-from keras_kfc.curvature.layout import partition_of
+from keras_kfc.curvature.layout import layout_of
 from keras_kfc.layers.instrumented import KroneckerLayer
-from keras_kfc.linalg.inverse import damped_inverse, invert_blocks
+from keras_kfc.linalg.damping import block_traces
+from keras_kfc.linalg.inverse import damped_inverse
+from keras_kfc.linalg.stacks import invert_blocks
 
 SIZES = (65, 145, 289, 401, 577, 801, 1001)
 # In units of the mean eigenvalue: KFC's default, and a small one.
@@ -63,24 +65,30 @@ def measure_size(size: int, shift: float, repeats: int) -> dict[str, Any]:
     return row
 
 
+def inverses(omegas: list[Any], gammas: list[Any], shapes: list[Any]) -> Any:
+    """Inverses of blocks at KFC's default damping."""
+    traces = block_traces(omegas, gammas, shapes)
+    return invert_blocks(omegas, gammas, traces, 0.2, traces.total / traces.size)
+
+
 def measure_net(name: str, repeats: int) -> dict[str, Any]:
     """All blocks of a network: one stack for each size of factor, or each factor alone."""
     model = instrument(NETS[name]())
     layers: list[Any] = [layer for layer in model.layers if isinstance(layer, KroneckerLayer)]
-    partitions = [partition_of(layer.linear_map, layer.bias is not None, None) for layer in layers]
+    partitions = [layout_of(layer.linear_map, layer.bias is not None, None) for layer in layers]
     omegas = [factor(part.omega_shape[1], part.omega_shape[0]) for part in partitions]
     gammas = [factor(part.gamma_shape[1], part.gamma_shape[0]) for part in partitions]
     shapes = [part.block_shape for part in partitions]
 
     def alone(omegas, gammas):
         results = [
-            invert_blocks([omega], [gamma], [shape], 0.2, True)
+            inverses([omega], [gamma], [shape])
             for omega, gamma, shape in zip(omegas, gammas, shapes, strict=True)
         ]
         return results, []
 
     def together(omegas, gammas):
-        return invert_blocks(omegas, gammas, shapes, 0.2, True)
+        return inverses(omegas, gammas, shapes)
 
     calls = {}
     for label, function, compiled in (

@@ -10,6 +10,9 @@ import sys
 import numpy as np
 import tensorflow as tf
 
+from keras_kfc.linalg.damping import block_traces
+from keras_kfc.linalg.stacks import invert_blocks
+
 
 def run_python(program, *arguments):
     """Runs a program in a process of its own, which can import the modules beside this one."""
@@ -30,9 +33,16 @@ def write_idx(path, array, kind=8):
 
 def squared_fisher_norm(block, step):
     """`vᵀ F v` of a step of kernel and bias, by a block's damped factors, in float64."""
-    joint = block.linear_map.stack_bias(*map(tf.constant, step))[0].numpy().astype("float64")
+    joint = block.layout.linear_map.stack_bias(*map(tf.constant, step))[0].numpy().astype("float64")
     omega, gamma = (
         np.linalg.inv(part[0].numpy().astype("float64"))
         for part in (block.omega_inverse, block.gamma_inverse)
     )
     return np.sum(joint * (omega @ joint @ gamma))
+
+
+def inverses_of(omegas, gammas, shapes, damping, relative):
+    """Damped inverses of both factors of some blocks that make a whole network."""
+    traces = block_traces(omegas, gammas, shapes)
+    network_mean = traces.total / traces.size if relative else None
+    return invert_blocks(omegas, gammas, traces, tf.constant(damping), network_mean)

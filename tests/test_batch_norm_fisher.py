@@ -12,10 +12,10 @@ import tensorflow as tf
 import keras_kfc
 from conftest import relative_error
 from keras_kfc._compat.keras_internals import compile_loss
-from keras_kfc.curvature.layout import Partition
+from keras_kfc.curvature.layout import KroneckerLayout
 from keras_kfc.losses.derivatives import output_derivatives
 from keras_kfc.losses.terms import loss_terms
-from keras_kfc.passes.statistics import ExampleSample, batch_gammas
+from keras_kfc.passes.statistics import ExampleSample, measure
 
 RNG = np.random.default_rng(0)
 EXAMPLES, POSITIONS, CHANNELS = 6, 2, 3
@@ -76,17 +76,17 @@ def draws_of(fisher, count):
     capture, outputs, *_ = captured()
     terms = loss_terms(compile_loss("mse"), tf.constant(Y), outputs)
     (key, record), *_ = capture.records.items()
-    partitions = {key: Partition(record.linear_map, record.has_bias)}
+    layouts = {key: KroneckerLayout(record.linear_map, record.has_bias)}
     sample = ExampleSample(tf.constant(EXAMPLES))
     return np.stack(
         [
-            batch_gammas(
+            measure(
                 capture,
                 output_derivatives(terms, fisher, tf.constant([number, 5], tf.int64)),
                 sample,
-                partitions,
-            )[key]
-            .gamma[0]
+                layouts,
+            )
+            .moments[key][1][0]
             .numpy()
             for number in range(count)
         ]
@@ -114,15 +114,15 @@ def test_signs_square_away_without_a_batch_normalisation():
         outputs = head(tf.tanh(layer(X)))
     terms = loss_terms(compile_loss("mse"), tf.constant(Y), outputs)
     (key, record), *_ = capture.records.items()
-    partitions = {key: Partition(record.linear_map, record.has_bias)}
+    layouts = {key: KroneckerLayout(record.linear_map, record.has_bias)}
     gammas = [
-        batch_gammas(
+        measure(
             capture,
             output_derivatives(terms, "exact", tf.constant([number, 5], tf.int64)),
             ExampleSample(tf.constant(EXAMPLES)),
-            partitions,
-        )[key]
-        .gamma[0]
+            layouts,
+        )
+        .moments[key][1][0]
         .numpy()
         for number in range(3)
     ]

@@ -10,17 +10,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import inverses_of
 
 import keras_kfc
 from conftest import explicit_ggn, relative_error
-from keras_kfc.linalg.inverse import (
-    BlockShape,
-    _invert_all_xla,
-    block_damping,
-    damped_inverse,
-    inverse_root,
-    invert_blocks,
-)
+from keras_kfc.linalg.damping import BlockShape, block_damping
+from keras_kfc.linalg.inverse import damped_inverse, inverse_root
 
 
 @pytest.fixture(autouse=True)
@@ -156,8 +151,8 @@ def test_direction_solves_the_explicit_damped_kronecker_system(scale_free):
     block.omega.assign(omega[None])
     block.gamma.assign(gamma[None])
     block.weight.assign(1.0)
-    optimizer._refresh_inverses()
-    np.testing.assert_allclose(block.precondition(joint[None])[0], expected, rtol=1e-6)
+    optimizer.parts.measuring.refresh_inverses()
+    np.testing.assert_allclose(block.multiply(joint[None])[0], expected, rtol=1e-6)
 
 
 def test_dead_layers_get_the_papers_pi_and_the_networks_damping():
@@ -247,8 +242,8 @@ def test_factors_of_one_size_are_inverted_as_each_alone():
         BlockShape(omega.shape[0], omega.shape[1], gamma.shape[1])
         for omega, gamma in zip(omegas, gammas, strict=True)
     ]
-    results = invert_blocks(omegas, gammas, shapes, tf.constant(0.2), False)
-    compiled = _invert_all_xla(omegas, gammas, tuple(shapes), tf.constant(0.2), False)
+    results = inverses_of(omegas, gammas, shapes, 0.2, False)
+    compiled = tf.function(inverses_of, jit_compile=True)(omegas, gammas, shapes, 0.2, False)
     flat, flat_compiled = tf.nest.flatten(results), tf.nest.flatten(compiled)
     for one, other in zip(flat, flat_compiled, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10)

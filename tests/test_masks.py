@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.curvature.layout import Partition
+from keras_kfc.curvature.layout import KroneckerLayout
 from keras_kfc.maps.dense import DenseMap
 
 LENGTHS = np.array([4, 1, 3, 2, 4, 2])
@@ -109,7 +109,7 @@ def test_cut_factors_are_blocks_of_the_whole_ones(middle):
     d = rng.normal(size=(EXAMPLES, STEPS, *middle, 6))
     rows, derivatives = x[REAL].reshape(-1, 4), d[REAL].reshape(-1, 6)
     mask = tf.constant(REAL)
-    partition = Partition(DenseMap(4, 6), True, 2, 3)
+    partition = KroneckerLayout(DenseMap(4, 6), True, 2, 3)
     omega = partition.omega([tf.constant(x)], EXAMPLES, [mask])
     gamma = partition.gamma([tf.constant(d)], [mask])
     for part in range(2):
@@ -122,7 +122,7 @@ def test_cut_factors_are_blocks_of_the_whole_ones(middle):
 
 
 def test_a_batch_of_nothing_but_padding():
-    partition = Partition(DenseMap(4, 6), True)
+    partition = KroneckerLayout(DenseMap(4, 6), True)
     mask = tf.zeros((2, 3), tf.bool)
     assert not np.any(partition.omega([tf.ones((2, 3, 4))], 2, [mask]))
     assert not np.any(partition.gamma([tf.ones((2, 3, 6))], [mask]))

@@ -34,11 +34,12 @@ def test_each_layer_has_its_dimensions_and_sizes():
     model = nets.conv_net()
     usage = KFC().memory_usage(model.trainable_variables)
     conv, dense, norm = usage.entries
-    assert (conv.path, conv.omega, conv.gamma) == ("sequential/conv", (1, 19, 19), (1, 4, 4))
-    assert (dense.omega, dense.gamma) == ((1, 65, 65), (1, 3, 3))
+    assert conv.path == "sequential/conv"
+    assert conv.shapes == {"omega": (1, 19, 19), "gamma": (1, 4, 4)}
+    assert dense.shapes == {"omega": (1, 65, 65), "gamma": (1, 3, 3)}
     assert conv.inverses == 4 * (19**2 + 4**2)
     assert conv.momenta == 4 * (3 * 3 * 2 * 4 + 4)
-    assert norm.omega is None and norm.inverses == 0 and norm.momenta == 2 * 4 * 8
+    assert norm.shapes == {} and norm.inverses == 0 and norm.momenta == 2 * 4 * 8
     text = str(usage)
     for part in ("sequential/conv", "19 x 19", "65 x 65", "sequential/norm", "none", "altogether"):
         assert part in text

@@ -8,11 +8,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import inverses_of
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.curvature.layout import Partition, partition_of
-from keras_kfc.linalg.inverse import BlockShape, invert_blocks
+from keras_kfc.curvature.layout import KroneckerLayout, layout_of
+from keras_kfc.linalg.damping import BlockShape
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
 
@@ -69,8 +70,8 @@ def test_cut_factors_act_as_the_whole_ones_without_correlations_between_parts(
 ):
     """Both moments and products, for every cut: blocks of zeros, nothing else, are left out."""
     inputs, derivatives = map(tf.constant, inputs_and_derivatives(geometry))
-    whole = Partition(geometry, use_bias)
-    cut = Partition(geometry, use_bias, input_parts, output_parts)
+    whole = KroneckerLayout(geometry, use_bias)
+    cut = KroneckerLayout(geometry, use_bias, input_parts, output_parts)
     omega, gamma = cut.omega([inputs], 3), cut.gamma([derivatives])
     assert omega.shape == cut.omega_shape
     assert gamma.shape == cut.gamma_shape
@@ -116,12 +117,10 @@ def test_parts_are_damped_as_the_whole(relative, inputs, outputs, use_bias):
     joint = tf.constant(rng.normal(size=(1, inputs + use_bias, outputs)))
     results = []
     for parts in (1, 2):
-        partition = Partition(geometry, use_bias, parts, parts)
+        partition = KroneckerLayout(geometry, use_bias, parts, parts)
         omega = partition.omega([tf.constant(a)], 12)
         gamma = partition.gamma([tf.constant(derivatives)])
-        (omega,), (gamma,) = invert_blocks(
-            [omega], [gamma], [partition.block_shape], tf.constant(0.1), relative
-        )
+        (omega,), (gamma,) = inverses_of([omega], [gamma], [partition.block_shape], 0.1, relative)
         results.append(partition.multiply(omega, joint, gamma).numpy())
     np.testing.assert_allclose(results[1], results[0], rtol=1e-9)
 
@@ -129,8 +128,8 @@ def test_parts_are_damped_as_the_whole(relative, inputs, outputs, use_bias):
 def test_damping_of_a_dead_part_is_that_of_its_group():
     omega = tf.constant(np.stack([4 * np.eye(2), np.zeros((2, 2))]))
     gamma = tf.constant(np.eye(3)[None])
-    (omega_inverse,), (gamma_inverse,) = invert_blocks(
-        [omega], [gamma], [BlockShape(1, 4, 3)], tf.constant(0.25), True
+    (omega_inverse,), (gamma_inverse,) = inverses_of(
+        [omega], [gamma], [BlockShape(1, 4, 3)], 0.25, True
     )
     # The mean eigenvalue of omega is 2, that of gamma 1; damping adds half of each.
     expected = np.stack([np.eye(2) / (4 + 1), np.eye(2) / (0 + 1)])
@@ -149,7 +148,7 @@ def test_relative_damping_of_blocks_of_every_kind_together():
     shapes = [BlockShape(1, 4, 3), BlockShape(2, 5, 2), BlockShape(1, 6, 3), BlockShape(1, 2, 3)]
     omegas = [factor(1, 4, "float32"), factor(2, 5), factor(2, 3), factor(1, 2)]
     gammas = [factor(1, 3, "float32"), factor(2, 2), factor(1, 3), np.zeros((1, 3, 3))]
-    inverses = invert_blocks(
+    inverses = inverses_of(
         list(map(tf.constant, omegas)), list(map(tf.constant, gammas)), shapes, 0.3, True
     )
     means = [
@@ -176,17 +175,17 @@ def test_relative_damping_of_blocks_of_every_kind_together():
 def test_parts_stay_within_the_limit_and_are_as_few_as_possible():
     for limit, use_bias in itertools.product((8, 30, 100, 1000), (True, False)):
         for geometry in (DenseMap(250, 130), Conv2DMap((3, 3), 24, 64)):
-            partition = partition_of(geometry, use_bias, limit)
+            partition = layout_of(geometry, use_bias, limit)
             single_channel = geometry.kernel_rows // geometry.inputs + use_bias
             assert partition.omega_shape[1] <= max(limit, single_channel)
             assert partition.gamma_shape[1] <= limit
             if partition.input_parts > 1 and isinstance(geometry, DenseMap):
-                fewer = Partition(geometry, use_bias, partition.input_parts - 1)
+                fewer = KroneckerLayout(geometry, use_bias, partition.input_parts - 1)
                 assert fewer.omega_shape[1] > limit
             if partition.output_parts > 1:
-                fewer = Partition(geometry, use_bias, 1, partition.output_parts - 1)
+                fewer = KroneckerLayout(geometry, use_bias, 1, partition.output_parts - 1)
                 assert fewer.gamma_shape[1] > limit
-    assert partition_of(DenseMap(10**5, 10**5), True, None).input_parts == 1
+    assert layout_of(DenseMap(10**5, 10**5), True, None).input_parts == 1
 
 
 def wide_model():
@@ -245,7 +244,7 @@ def test_rows_that_fill_up_are_those_without_any_data(kind, max_dim):
         layer, shape = keras_kfc.layers.Conv2D(14, 2, groups=groups), (7, 5, 5, 14)
     inputs = tf.constant(rng.uniform(0.1, 1, size=shape).astype("float32"))
     derivatives = tf.ones_like(layer(inputs))
-    partition = partition_of(layer.linear_map, True, max_dim)
+    partition = layout_of(layer.linear_map, True, max_dim)
     omega = partition.omega([inputs], tf.constant(7)).numpy()
     gamma = partition.gamma([derivatives]).numpy()
     for factor, rows in ((omega, partition.omega_rows), (gamma, partition.gamma_rows)):

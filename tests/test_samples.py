@@ -7,7 +7,7 @@ from nets import conv_net, image_batch, train
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.curvature.layout import Partition
+from keras_kfc.curvature.layout import KroneckerLayout
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
 from keras_kfc.passes.statistics import ExampleSample, draw_examples
@@ -39,7 +39,7 @@ def test_the_mean_over_all_samples_is_the_factor_of_the_batch(rows_per_example, 
         ),
     ]
     for geometry, inputs, derivatives in cases:
-        partition = Partition(geometry, use_bias=True)
+        partition = KroneckerLayout(geometry, use_bias=True)
         expected = factors(partition, ExampleSample(BATCH), inputs, derivatives)
         starts = (np.arange(length) + 0.5) / length
         results = [

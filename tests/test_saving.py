@@ -84,7 +84,7 @@ def test_another_seed_would_show(uninterrupted, tmp_path):
     """Negative control: the random draws matter."""
     model = compiled()
     fit(model, 2)
-    model.optimizer._draw_seed.assign(SEED + 1)
+    model.optimizer.draw_seed.assign(SEED + 1)
     fit(model, 4, first=2)
     with pytest.raises(AssertionError):
         assert_same_state(model, uninterrupted)
@@ -181,7 +181,7 @@ def test_the_last_state_that_was_loaded_counts():
     model.optimizer.load_own_variables(stored_state(trained.optimizer))
     model.optimizer.load_own_variables(stored_state(fresh.optimizer))
     model.optimizer.build(model.trainable_variables)
-    assert int(model.optimizer._draw_seed) == 9 and int(model.optimizer.iterations) == 0
+    assert int(model.optimizer.draw_seed) == 9 and int(model.optimizer.iterations) == 0
 
 
 @pytest.mark.slow
@@ -271,7 +271,7 @@ def test_state_of_an_optimizer_before_its_first_step(tmp_path):
     fresh = compiled(optimizer=keras_kfc.KFC(seed=1))
     fresh.optimizer.build(fresh.trainable_variables)
     fresh.load_weights(tmp_path / "model.weights.h5")
-    assert int(fresh.optimizer._draw_seed) == SEED
+    assert int(fresh.optimizer.draw_seed) == SEED
 
 
 @pytest.mark.slow

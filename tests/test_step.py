@@ -209,7 +209,7 @@ def test_a_train_step_that_hides_its_loss_forgets_the_one_before():
     model.hides = True
     model.make_train_function(force=True)
     before = model.get_weights()
-    usual = np.sqrt(float(model.optimizer.step_size._squares[0]))
+    usual = np.sqrt(float(model.optimizer.polyak_steps._squares[0]))
     model.fit(x, y, verbose=0)
     assert int(model.optimizer.progress.lowest_known) == 0
     (block,) = model.optimizer.blocks

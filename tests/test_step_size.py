@@ -139,7 +139,7 @@ def test_an_unseen_rise_of_the_rate_starts_a_new_reference():
     for rate in (0.001, 0.01, 0.03):
         model.optimizer.learning_rate = rate
         model.train_on_batch(x[:32], y[:32])
-    assert float(model.optimizer.step_size._highest_rate) == pytest.approx(0.03)
+    assert float(model.optimizer.polyak_steps._highest_rate) == pytest.approx(0.03)
 
 
 def squared(offset):
@@ -224,7 +224,7 @@ def test_a_step_that_is_skipped_leaves_no_trace():
     model = small_net("mse")
 
     def remembered():
-        rule = model.optimizer.step_size
+        rule = model.optimizer.polyak_steps
         return [
             variable.numpy().copy()
             for variable in (rule._ratio, rule._ratio_count, rule._squares, rule._squares_count)

@@ -231,8 +231,8 @@ def test_learning_rate_and_damping_are_read_and_set_during_training():
     optimizer.learning_rate = 0.0
     before = model.layers[0].get_weights()
     optimizer.momentum = 0.0
-    optimizer._momentums[0].assign(tf.zeros_like(optimizer._momentums[0]))
-    optimizer._momentums[1].assign(tf.zeros_like(optimizer._momentums[1]))
+    optimizer.parts.momentums[0].assign(tf.zeros_like(optimizer.parts.momentums[0]))
+    optimizer.parts.momentums[1].assign(tf.zeros_like(optimizer.parts.momentums[1]))
     model.fit(*image_batch(), batch_size=32, verbose=0)
     for old, new in zip(before, model.layers[0].get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)

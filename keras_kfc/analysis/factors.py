@@ -9,12 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import compile_loss, compiled_loss_of, takes_training
-from keras_kfc.curvature.layout import Partition
+from keras_kfc.curvature.layout import KroneckerLayout
 from keras_kfc.layers.instrument import instrumented
 from keras_kfc.losses.derivatives import FISHERS, output_derivatives
 from keras_kfc.losses.terms import loss_terms
 from keras_kfc.passes.capture import Capture
-from keras_kfc.passes.statistics import ExampleSample, batch_gammas, batch_omegas, batch_size_of
+from keras_kfc.passes.statistics import ExampleSample, batch_size_of, measure
 from keras_kfc.utils.arguments import check_choice, check_positive_integer, check_seed
 from keras_kfc.utils.texts import unused_name
 
@@ -140,20 +140,15 @@ def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
         derivatives = output_derivatives(loss_terms(compiled, targets, outputs), fisher, batch_seed)
         if not noted:
             noted.append(derivatives.log_notes())
-        partitions = {
-            key: Partition(record.linear_map, record.has_bias)
+        layouts = {
+            key: KroneckerLayout(record.linear_map, record.has_bias)
             for key, record in capture.records.items()
         }
-        everything = ExampleSample(size)
-        gammas = batch_gammas(capture, derivatives, everything, partitions)
-        uses = {key: factor.uses for key, factor in gammas.items()}
-        omegas = batch_omegas(uses, everything, partitions)
+        statistics = measure(capture, derivatives, ExampleSample(size), layouts)
         sums: dict[str, list[tf.Tensor]] = {}
         for key, record in capture.records.items():
             path = unused_name(record.path, sums)
-            sums[path] = [
-                tf.cast(size, part.dtype) * part for part in (omegas[key], gammas[key].gamma)
-            ]
+            sums[path] = [tf.cast(size, part.dtype) * part for part in statistics.moments[key]]
         return sums
 
     if not getattr(model, "run_eagerly", False):

@@ -1,175 +1,139 @@
-"""The Fisher block of one layer: moving averages, damped inverses, preconditioning.
+"""The Fisher block of one layer as a Kronecker product of two factors, `Ω ⊗ Γ`.
 
-A block owns no numbers itself: its state lives in variables of the optimizer,
-so that Keras saves and restores it with the optimizer.
+Omega is made from the layer's inputs, gamma from the derivatives of its pre-activations
+(Grosse & Martens 2016, section 3; A and G in K-FAC papers and other packages). The damped
+inverse is `(Ω + π √λ I)⁻¹ ⊗ (Γ + √λ/π I)⁻¹`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kfc.curvature.layout import Partition
-from keras_kfc.placement.replicas import copies_of
+from keras_kfc.curvature.api import structure
+from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.layout import KroneckerLayout, layout_of
+from keras_kfc.linalg.damping import block_traces
+from keras_kfc.linalg.stacks import invert_blocks
+from keras_kfc.maps.api import LinearMap
 
 
-class KroneckerBlock:
-    """State of one layer's block `omega ⊗ gamma`.
+class KroneckerBlock(AveragedBlock):
+    """Factors and damped inverses of one layer.
 
     Args:
-        path: The layer's path.
-        partition: The layout of the layer's factors, with its linear_map.
-        kernel: Index of the kernel among the optimizer's variables.
-        bias: Index of the bias, or None if none is trained.
+        path: Path of the layer, for names and messages.
+        layout: How the factors are stored.
+        kernel: Index of the kernel among the optimizer's trainable variables.
+        bias: Index of the bias, or None.
         dtype: Dtype of factors and inverses.
         add_variable: The optimizer's `add_variable`.
-
-    Attributes:
-        omega: Moving average of the input factor, `(G * P, n, n)`; G groups of P
-            parts, see `keras_kfc.curvature.layout`.
-        gamma: Moving average of the output factor, `(G * Q, m, m)`.
-        omega_inverse: Damped inverse of omega, likewise.
-        gamma_inverse: Damped inverse of gamma, likewise.
-        weight: Number of examples in the moving averages, each with the weight that is left of
-            it, a scalar; 0 before the first update.
-        inverted: 1 once the inverses hold numbers, 0 before.
     """
 
-    def __init__(
-        self,
-        path: str,
-        partition: Partition,
-        kernel: int,
-        bias: int | None,
-        dtype: str,
-        add_variable: Callable[..., keras.Variable],
-    ):
-        self.path = path
-        self.partition = partition
-        self.linear_map = partition.linear_map
-        self.kernel = kernel
-        self.bias = bias
-
-        def add(name: str, *shape: int) -> keras.Variable:
-            full_name = f"{path.replace('/', '_')}_{name}"
-            return add_variable(shape=shape, dtype=dtype, name=full_name)
-
-        self.omega = add("omega", *partition.omega_shape)
-        self.gamma = add("gamma", *partition.gamma_shape)
-        self.omega_inverse = add("omega_inverse", *partition.omega_shape)
-        self.gamma_inverse = add("gamma_inverse", *partition.gamma_shape)
-        self.weight = add("weight")
-        self.inverted = add("inverted")
+    layout: KroneckerLayout
 
     @property
-    def variables(self) -> list[keras.Variable]:
-        """All variables of the block."""
-        factors = [self.omega, self.gamma, self.omega_inverse, self.gamma_inverse]
-        return [*factors, self.weight, self.inverted]
+    def omega(self) -> keras.Variable:
+        """Moving average of the input factor, `(G * P, R, R)`; see `keras_kfc.curvature.layout`."""
+        return self._factors["omega"]
 
-    def accumulate(
-        self,
-        omega: tf.Tensor,
-        gamma: tf.Tensor,
-        examples: tf.Tensor,
-        decay: tf.Tensor,
-        sound: tf.Tensor,
-    ) -> tf.Tensor:
-        """Moves the averages towards the factors of one batch.
+    @property
+    def gamma(self) -> keras.Variable:
+        """Moving average of the output factor, `(G * Q, t, t)`."""
+        return self._factors["gamma"]
 
-        Every example counts alike, whatever batch it came in. The first batch counts in full,
-        so that the average is usable from the start. Factors that hold a NaN or an
-        infinity are left out.
+    @property
+    def omega_inverse(self) -> keras.Variable:
+        """Damped inverse of omega, likewise."""
+        return self._inverses["omega_inverse"]
 
-        Args:
-            omega: Input factor of the batch.
-            gamma: Output factor of the batch.
-            examples: Number of examples that they are means over, a scalar.
-            decay: What is left of the weight of former batches, a scalar in [0, 1].
-            sound: Whether the batch may be used at all, a boolean scalar.
+    @property
+    def gamma_inverse(self) -> keras.Variable:
+        """Damped inverse of gamma, likewise."""
+        return self._inverses["gamma_inverse"]
 
-        Returns:
-            Whether the batch was left out, a boolean scalar.
-        """
-        usable = sound & all_finite([omega, gamma])
-        examples = tf.cast(examples, self.weight.dtype)
-        weight = tf.cast(decay, self.weight.dtype) * self.weight + examples
-        rate = tf.math.divide_no_nan(examples, weight)
-        # Selecting between numbers costs less than a branch of the graph for each block.
-        for average, batch in ((self.omega, omega), (self.gamma, gamma)):
-            change = rate * (tf.cast(batch, average.dtype) - average)
-            average.assign_add(tf.where(usable, change, 0.0))
-        self.weight.assign(tf.where(usable, weight, self.weight))
-        return ~usable
-
-    def parts_of(self, name: str) -> list[np.ndarray]:
+    def matrices(self, name: str) -> list[np.ndarray]:
         """The diagonal blocks of a factor or an inverse, without the rows that fill them up.
 
         Args:
             name: `"omega"`, `"gamma"`, `"omega_inverse"` or `"gamma_inverse"`.
         """
-        rows = self.partition.omega_rows if name.startswith("omega") else self.partition.gamma_rows
+        rows = self.layout.omega_rows if name.startswith("omega") else self.layout.gamma_rows
         return [
-            part[np.ix_(own, own)]
-            for part, own in zip(getattr(self, name).numpy(), rows, strict=True)
+            part[np.ix_(own, own)] for part, own in zip(self.state[name].numpy(), rows, strict=True)
         ]
 
-    def has_data(self) -> tf.Tensor:
-        """Whether the factors hold anything on any replica, a boolean scalar."""
-        return any_of([weight > 0 for weight in copies_of(self.weight)])
+    def spectra(self, name: str) -> list[np.ndarray]:
+        """Eigenvalues of the diagonal blocks of a factor or an inverse; NaN if it is broken."""
+        parts = [part.astype("float64") for part in self.matrices(name)]
+        return [
+            np.linalg.eigvalsh(part) if np.isfinite(part).all() else np.full(len(part), np.nan)
+            for part in parts
+        ]
 
-    def average_over_replicas(self) -> None:
-        """Gives all replicas the average of their factors; in cross-replica context.
-
-        Each replica counts with its weight: one that has left out batches has seen less.
-        """
-        weights = [tf.convert_to_tensor(weight) for weight in copies_of(self.weight)]
-        total = tf.add_n(weights)
-        for factor in (self.omega, self.gamma):
-            copies = copies_of(factor)
-            average = tf.add_n(
-                [
-                    tf.math.divide_no_nan(weight, total) * copy
-                    for weight, copy in zip(weights, copies, strict=True)
-                ]
-            )
-            factor.value.assign(average)
-        self.weight.value.assign(tf.reduce_max(weights))
-
-    def store_inverses(self, omega_inverse: tf.Tensor, gamma_inverse: tf.Tensor) -> tf.Tensor:
-        """Takes over new inverses, or keeps the last good ones.
-
-        Args:
-            omega_inverse: Of the shape of omega.
-            gamma_inverse: Of the shape of gamma.
-
-        Returns:
-            Whether the inverses were refused because they hold a NaN or an
-            infinity though the block has seen data, a boolean scalar.
-        """
-        has_data = self.weight > 0
-        usable = all_finite([omega_inverse, gamma_inverse]) & has_data
-        self.omega_inverse.assign(tf.where(usable, omega_inverse, self.omega_inverse))
-        self.gamma_inverse.assign(tf.where(usable, gamma_inverse, self.gamma_inverse))
-        self.inverted.assign(tf.where(usable, tf.ones((), self.inverted.dtype), self.inverted))
-        return has_data & ~usable
-
-    def precondition(self, joint: tf.Tensor) -> tf.Tensor:
-        """Applies `omega⁻¹ D gamma⁻¹` to a joint matrix D, `(G, n, m)`."""
+    def multiply(self, weights: tf.Tensor) -> tf.Tensor:
+        """`Ω⁻¹ D Γ⁻¹` of a matrix D of the layer's weights, `(G, n, m)`."""
         inverses = (
             tf.convert_to_tensor(self.omega_inverse),
             tf.convert_to_tensor(self.gamma_inverse),
         )
-        return self.partition.multiply(inverses[0], joint, inverses[1])
+        return self.layout.multiply(inverses[0], weights, inverses[1])
 
 
-def all_finite(tensors: list[Any]) -> tf.Tensor:
-    """Whether no entry of any tensor is NaN or infinite, a boolean scalar."""
-    return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors]))
+class KroneckerRefresh:
+    """New inverses for Kronecker blocks, computed all together.
+
+    Args:
+        blocks: The blocks.
+    """
+
+    def __init__(self, blocks: Sequence[KroneckerBlock]):
+        self._blocks = blocks
+        self._omegas = [tf.convert_to_tensor(block.omega) for block in blocks]
+        self._gammas = [tf.convert_to_tensor(block.gamma) for block in blocks]
+        shapes = [block.layout.block_shape for block in blocks]
+        self._traces = block_traces(self._omegas, self._gammas, shapes)
+
+    @property
+    def trace(self) -> tf.Tensor:
+        """`Σ tr Ω tr Γ`, a scalar."""
+        return self._traces.total
+
+    @property
+    def size(self) -> float:
+        """Number of rows of `Ω ⊗ Γ`, of all blocks together."""
+        return self._traces.size
+
+    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+        """Inverts all factors."""
+        inverses = invert_blocks(self._omegas, self._gammas, self._traces, damping, network_mean)
+        return [
+            block.store_inverses(pair)
+            for block, pair in zip(self._blocks, zip(*inverses, strict=True), strict=True)
+        ]
 
 
-def any_of(conditions: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Whether any of some boolean scalars is true, a boolean scalar."""
-    return conditions[0] if len(conditions) == 1 else tf.reduce_any(tf.stack(conditions))
+@structure("kronecker")
+class Kronecker:
+    """The structure of the paper."""
+
+    def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> KroneckerLayout:
+        """Factors in as few parts as the limit allows."""
+        return layout_of(linear_map, use_bias, max_dim)
+
+    def block(
+        self,
+        path: str,
+        layout: KroneckerLayout,
+        kernel: int,
+        bias: int | None,
+        dtype: str,
+        add_variable: Callable[..., keras.Variable],
+    ) -> KroneckerBlock:
+        """A `KroneckerBlock`."""
+        return KroneckerBlock(path, layout, kernel, bias, dtype, add_variable)
+
+    def refresh(self, blocks: Sequence[KroneckerBlock]) -> KroneckerRefresh:
+        """Inverses of all blocks, those of equal sizes together."""
+        return KroneckerRefresh(blocks)

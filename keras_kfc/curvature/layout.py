@@ -8,28 +8,28 @@ the others.
 
 Shapes: G groups; P parts of the input channels, of c channels each, and Q of the
 output channels, of t each, the last filled up with zeros; R = kernel positions * c,
-and one more with a bias. Omega is `(G * P, R, R)`, gamma `(G * Q, t, t)`, the joint
-matrix of a layer `(G, n, m)` as in `keras_kfc.maps.api`.
+and one more with a bias. Omega is `(G * P, R, R)`, gamma `(G * Q, t, t)`, the weights
+of a layer `(G, n, m)` as in `keras_kfc.maps.api`.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_kfc.linalg.inverse import BlockShape
+from keras_kfc.linalg.damping import BlockShape
 from keras_kfc.maps.api import LinearMap, input_factor, output_factor, split_columns
+from keras_kfc.utils.texts import bytes_text
 
 
 @dataclasses.dataclass(frozen=True)
-class Partition:
+class KroneckerLayout:
     """The layout of one layer's factors.
 
     Args:
-        linear_map: How the layer's tensors map to the joint matrix.
-        use_bias: Whether the joint matrix has a row for the bias.
+        linear_map: The layer's weights as a linear map.
+        use_bias: Whether they have a row for the bias.
         input_parts: P.
         output_parts: Q.
     """
@@ -86,6 +86,52 @@ class Partition:
         columns = np.arange(self.output_parts * self.gamma_shape[1])
         rows = (columns < self._columns).reshape(self.output_parts, -1)
         return np.tile(rows, (self.linear_map.groups, 1))
+
+    needs_inputs = False
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Shapes of the factors."""
+        return {"omega": self.omega_shape, "gamma": self.gamma_shape}
+
+    @property
+    def inverse_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Shapes of their damped inverses."""
+        return {"omega_inverse": self.omega_shape, "gamma_inverse": self.gamma_shape}
+
+    def from_inputs(
+        self,
+        inputs: Sequence[tf.Tensor],
+        batch_size: tf.Tensor,
+        masks: Sequence[tf.Tensor | None],
+    ) -> tuple[tf.Tensor, ...]:
+        """Omega of one batch."""
+        return (self.omega(inputs, batch_size, masks),)
+
+    def from_pass(
+        self,
+        inputs: Sequence[tf.Tensor],
+        derivatives: Sequence[tf.Tensor],
+        batch_size: tf.Tensor,
+        masks: Sequence[tf.Tensor | None],
+    ) -> tuple[tf.Tensor, ...]:
+        """Gamma of one batch and one backward pass."""
+        del inputs, batch_size
+        return (self.gamma(derivatives, masks),)
+
+    def compromises(self, max_dim: int | None) -> list[str]:
+        """What factors beyond the limit would have taken, and how they are cut."""
+        del max_dim
+        whole = KroneckerLayout(self.linear_map, self.use_bias)
+        return [
+            f"{name} factor of {before[1]} rows ({_costs_text(before)}), "
+            f"now {after[0]} blocks of {after[1]} rows ({_costs_text(after)})"
+            for name, before, after in (
+                ("input", whole.omega_shape, self.omega_shape),
+                ("output", whole.gamma_shape, self.gamma_shape),
+            )
+            if after != before
+        ]
 
     def omega(
         self,
@@ -167,7 +213,7 @@ class Partition:
         return tf.concat((kernel, parts[:, 0, rows:]), axis=1) if self.use_bias else kernel
 
 
-def partition_of(linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> Partition:
+def layout_of(linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> KroneckerLayout:
     """The fewest parts that keep the factors of a layer within a number of rows.
 
     A convolution's input channels are cut down to single channels at most, so that a
@@ -175,11 +221,11 @@ def partition_of(linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> 
     parts of equal size.
 
     Args:
-        linear_map: How the layer's tensors map to the joint matrix.
-        use_bias: Whether the joint matrix has a row for the bias.
+        linear_map: The layer's weights as a linear map.
+        use_bias: Whether they have a row for the bias.
         max_dim: The number of rows, or None for no limit.
     """
-    whole = Partition(linear_map, use_bias)
+    whole = KroneckerLayout(linear_map, use_bias)
     if max_dim is None:
         return whole
     columns = whole.gamma_shape[1]
@@ -190,13 +236,9 @@ def partition_of(linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> 
     input_parts = -(-channels // widest)
     if linear_map.groups > 1:
         input_parts = next(p for p in range(input_parts, channels + 1) if channels % p == 0)
-    return Partition(linear_map, use_bias, input_parts, output_parts)
+    return KroneckerLayout(linear_map, use_bias, input_parts, output_parts)
 
 
-def factor_dtype(kernel: Any) -> str:
-    """Dtype of a layer's factors, at least float32: that of their sums over many positions.
-
-    Args:
-        kernel: The layer's kernel variable.
-    """
-    return "float64" if kernel.dtype == "float64" else "float32"
+def _costs_text(shape: tuple[int, int, int]) -> str:
+    count, rows, _ = shape
+    return f"{bytes_text(8 * count * rows**2)}, {count * rows**3:.1e} products"

@@ -25,7 +25,7 @@ class Conv2D(KroneckerLayer, keras.layers.Conv2D):
     @property
     def linear_map(self) -> Conv2DMap:
         """The convolution's `Conv2DMap`."""
-        kernel_height, kernel_width, channels, filters = self._kernel.shape
+        kernel_height, kernel_width, channels, filters = self.kronecker_kernel.shape
         return Conv2DMap(
             kernel_size=(kernel_height, kernel_width),
             inputs=channels * self.groups,

@@ -27,7 +27,7 @@ class Dense(KroneckerLayer, keras.layers.Dense):
     @property
     def linear_map(self) -> DenseMap:
         """The layer's `DenseMap`."""
-        return DenseMap(*self._kernel.shape)
+        return DenseMap(*self.kronecker_kernel.shape)
 
     def call(self, inputs, training=None):
         """Multiplies, adds the bias, records, and applies the activation."""

@@ -17,7 +17,6 @@ from keras_kfc.layers.coverage import Coverage, LayerCoverage
 from keras_kfc.layers.instrumented import (
     INSTRUMENTED,
     KroneckerLayer,
-    blocks_among,
     exclude_layer,
     instrument_layer,
     is_marked,
@@ -64,15 +63,12 @@ def instrument(
     if instrument_layers(model, exclude):
         _forget_traces(model)
         optimizer = kronecker_optimizer(getattr(model, "optimizer", None))
-        if getattr(optimizer, "built", False) and not _has_blocks_of(optimizer, model):
-            if optimizer.has_waiting_state() or not optimizer.iterations.numpy():
-                optimizer.rebuild(model.trainable_variables)
-            else:
-                _logger.warning(
-                    "The optimizer of %s was built before `instrument` changed its layers, and "
-                    "keeps its blocks. Compile the model again with a new optimizer.",
-                    type(model).__name__,
-                )
+        if optimizer is not None and not optimizer.adopt(model.trainable_variables):
+            _logger.warning(
+                "The optimizer of %s was built before `instrument` changed its layers, and "
+                "keeps its blocks. Compile the model again with a new optimizer.",
+                type(model).__name__,
+            )
     if verbose:
         print(coverage(model))
     return model
@@ -224,13 +220,6 @@ def _reason_without_block(layer):
     if isinstance(layer, tuple(INSTRUMENTED)):
         return "a subclass may compute something else"
     return "no block for this class"
-
-
-def _has_blocks_of(optimizer, model):
-    """Whether an optimizer has the blocks that it would be built with now."""
-    variables = model.trainable_variables
-    wanted = {id(variables[kernel]) for kernel, _, _ in blocks_among(variables)}
-    return wanted == optimizer.kernels_with_blocks()
 
 
 def _forget_traces(model):

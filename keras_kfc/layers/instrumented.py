@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import layers_within
+from keras_kfc._compat.layer_hooks import TellsWhenBuilt, kernel_of
 from keras_kfc.maps.api import LinearMap
 from keras_kfc.passes.automatic import active_capture
 
@@ -38,26 +39,26 @@ def instruments(plain: type) -> Callable[[type], type]:
     return register
 
 
-class KroneckerLayer:
-    """What instrumented layers share."""
+class KroneckerLayer(TellsWhenBuilt):
+    """What instrumented layers share: a layer kind is a subclass of this and of Keras's class."""
 
     # Whether Keras has a quantised form of the layer.
     can_be_quantised = False
+    # The structure of the layer's curvature block, if it is not the optimizer's choice.
+    curvature_structure: str | None = None
 
     built: bool
     quantization_mode: str | None
 
-    # Not `build`: Keras wraps that method of each instance, so that one which an
-    # unbuilt layer gets with its new class would never run.
-    def _post_build(self) -> None:
-        super()._post_build()  # type: ignore[misc]
+    def when_built(self) -> None:
+        """Lets the kernel variable refer to the layer."""
         if self.quantization_mode is None:
             mark_kernel(self)
 
     @property
     def kronecker_kernel(self) -> keras.Variable:
         """The kernel variable itself, whatever `layer.kernel` derives from it."""
-        return self._kernel  # type: ignore[attr-defined]
+        return kernel_of(self)
 
     @property
     def linear_map(self) -> LinearMap:

@@ -15,8 +15,8 @@ from typing import Any
 import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import logits_of, set_logits
+from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.losses.terms import LossTerm, loss_values, root_coefficients
-from keras_kfc.patches.moment import at_least_float32
 
 # Outputs of one element up to which Hessians are taken apart whole.
 LARGEST_BLOCK = 16

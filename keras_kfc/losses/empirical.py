@@ -6,10 +6,10 @@ For every loss that Keras takes, those included of which nothing else is known.
 import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import logits_of, mask_of, set_logits, set_mask
+from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.losses.signs import random_signs
 from keras_kfc.losses.terms import LossTerm, element_coefficients, loss_values
-from keras_kfc.patches.moment import at_least_float32
-from keras_kfc.placement.replicas import count_replicas
+from keras_kfc.placement.current import current_placement
 
 
 class EmpiricalDerivatives:
@@ -82,7 +82,8 @@ class EmpiricalDerivatives:
         else:
             weights = tf.reduce_sum(weights)
         # Keras divides each replica's loss by their number.
-        loss_weight = count_replicas() * (1.0 if term.loss_weight is None else term.loss_weight)
+        loss_weight = 1.0 if term.loss_weight is None else term.loss_weight
+        loss_weight *= current_placement().count
         scale = examples * tf.math.divide_no_nan(
             tf.cast(loss_weight, weights.dtype), tf.sqrt(weights)
         )

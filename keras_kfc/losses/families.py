@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 
+from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.losses.closed_forms import CLOSED_FORMS, closed_form
 from keras_kfc.losses.elements import LARGEST_BLOCK, ElementwiseView
 from keras_kfc.losses.empirical import EmpiricalDerivatives
@@ -24,7 +25,6 @@ from keras_kfc.losses.output_hessian import (
     whole_root,
 )
 from keras_kfc.losses.terms import LossTerm, known_function
-from keras_kfc.patches.moment import at_least_float32
 
 # Sums or means over an axis of functions of one output each.
 _DIAGONAL: tuple[Any, ...] = (

@@ -20,8 +20,8 @@ import keras
 import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import logits_of, mask_of
+from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.losses.terms import LossTerm, known_function, root_coefficients
-from keras_kfc.patches.moment import at_least_float32
 
 
 class OutputDistribution:

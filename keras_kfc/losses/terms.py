@@ -22,6 +22,7 @@ from keras_kfc._compat.keras_internals import (
     wrapped_function,
     wrapped_options,
 )
+from keras_kfc.placement.current import current_placement
 
 
 @dataclasses.dataclass
@@ -136,7 +137,7 @@ def element_coefficients(term: LossTerm, values: tf.Tensor, mask: tf.Tensor | No
         total = reduced_loss(term, values, mask)
     coefficients = tape.gradient(total, values)
     # Keras divides the loss by the number of replicas, which average again.
-    coefficients *= tf.distribute.get_strategy().num_replicas_in_sync
+    coefficients *= current_placement().count
     return tf.maximum(coefficients, 0)
 
 

@@ -1,7 +1,7 @@
-"""Kronecker factors Omega and Gamma of one layer, and the joint matrix they act on.
+"""A layer's weights as a linear map of its inputs, and the Kronecker factors that follow.
 
-Shape convention, used by every module above this one. A layer's weights form
-one *joint matrix* of shape `(G, n, m)`: G groups (1 for all but grouped
+Shape convention, used by every module above this one. A layer's weights with bias
+form one matrix `W̄` of shape `(G, n, m)`: G groups (1 for all but grouped
 convolutions), rows in the kernel's own order with the bias as a last row
 (`n = kh * kw * J / G + 1`, or without the `+ 1` if no bias is trained), a column
 for each output channel of the group (`m = I / G`). The block of the Fisher
@@ -52,6 +52,13 @@ class LinearMap(Protocol):
     def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
         """Sums of `a aᵀ` and `a` over examples and positions, `(G * P, c, c)` and `(G * P, c)`."""
 
+    def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """What each output position sees, without the bias, `(G, positions, kernel_rows)`.
+
+        Positions of an example follow each other. They may take many times the memory of the
+        inputs: `input_moments` does without.
+        """
+
     def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
         """Number of output positions of all examples together, a scalar."""
 
@@ -63,25 +70,6 @@ class LinearMap(Protocol):
 
     def unstack_bias(self, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Splits `(G, n, I / G)` into kernel and bias (or None)."""
-
-
-class FactorLayout(Protocol):
-    """How a layer's factors are stored, and made from the tensors of its uses."""
-
-    def omega(
-        self,
-        inputs: Sequence[tf.Tensor],
-        batch_size: tf.Tensor,
-        masks: Sequence[tf.Tensor | None] | None = None,
-    ) -> tf.Tensor:
-        """Omega of one batch; see `input_factor`."""
-
-    def gamma(
-        self,
-        derivatives: Sequence[tf.Tensor],
-        masks: Sequence[tf.Tensor | None] | None = None,
-    ) -> tf.Tensor:
-        """Gamma of one batch; see `output_factor`."""
 
 
 def input_factor(
@@ -98,7 +86,7 @@ def input_factor(
         linear_map: The layer's linear_map.
         inputs: What the layer saw, one tensor for each time it was called.
         batch_size: Number of examples B, a scalar.
-        use_bias: Whether the joint matrix has a row for the bias.
+        use_bias: Whether the weights have a row for the bias.
         parts: Number of diagonal blocks of each group's factor; the bias is in
             the first one, and its row is zero in the others.
         masks: For each input, which positions count, booleans of the shape of its first

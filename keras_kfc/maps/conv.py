@@ -4,12 +4,13 @@ import dataclasses
 
 import tensorflow as tf
 
-from keras_kfc.patches.moment import at_least_float32, patch_second_moment
+from keras_kfc.linalg.precision import at_least_float32
+from keras_kfc.patches.moment import extract_patches, patch_second_moment
 
 
 @dataclasses.dataclass(frozen=True)
 class Conv2DMap:
-    """How a two-dimensional convolution's tensors map to the joint matrix.
+    """How a two-dimensional convolution's tensors map to its weights with bias.
 
     Args:
         kernel_size: `(kh, kw)`.
@@ -35,7 +36,7 @@ class Conv2DMap:
 
     @property
     def kernel_rows(self) -> int:
-        """Rows of the joint matrix that belong to the kernel."""
+        """Rows of the weights with bias that belong to the kernel."""
         return self.kernel_size[0] * self.kernel_size[1] * self.inputs // self.groups
 
     def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
@@ -57,6 +58,15 @@ class Conv2DMap:
             self.dilation_rate,
             self.groups * parts,
             self.data_format,
+        )
+
+    def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Patches of all positions, `(G, positions of all examples, K)`."""
+        images = at_least_float32(inputs)
+        if self.data_format == "channels_first":
+            images = tf.transpose(images, (0, 2, 3, 1))
+        return extract_patches(
+            images, self.kernel_size, self.strides, self.padding, self.dilation_rate, self.groups
         )
 
     def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -92,13 +102,13 @@ class Conv2DMap:
         rows = tf.reshape(rows, (-1, self.groups, self.outputs // self.groups))
         return tf.transpose(rows, (1, 0, 2))
 
-    def unstack_bias(self, joint: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
+    def unstack_bias(self, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Splits `(G, n, I / G)` into kernel `(kh, kw, J / G, I)` and bias `(I,)` (or None)."""
-        has_bias = joint.shape[1] > self.kernel_rows
+        has_bias = weights.shape[1] > self.kernel_rows
         if self.groups == 1:
-            rows = tf.squeeze(joint, axis=0)
+            rows = tf.squeeze(weights, axis=0)
         else:
-            rows = tf.reshape(tf.transpose(joint, (1, 0, 2)), (-1, self.outputs))
+            rows = tf.reshape(tf.transpose(weights, (1, 0, 2)), (-1, self.outputs))
         kernel = tf.reshape(
             rows[: self.kernel_rows],
             (*self.kernel_size, self.inputs // self.groups, self.outputs),

@@ -68,6 +68,10 @@ class Conv1DMap:
         """Sums of `p pᵀ` and `p` over examples and positions, `(G * P, K, K)` and `(G * P, K)`."""
         return self._plane.input_moments(self._padded(inputs), parts)
 
+    def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Patches of all positions, `(G, positions of all examples, K)`."""
+        return self._plane.input_rows(self._padded(inputs))
+
     def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
         """Number of output positions of all examples together, a scalar."""
         return self._plane.count_positions(self._padded(inputs))

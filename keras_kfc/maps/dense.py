@@ -4,13 +4,14 @@ import dataclasses
 
 import tensorflow as tf
 
+from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.maps.api import split_columns
-from keras_kfc.patches.moment import at_least_float32, gram, sum_of_rows
+from keras_kfc.patches.moment import gram, sum_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseMap:
-    """How a Dense layer's tensors map to the joint matrix.
+    """How a Dense layer's tensors map to its weights with bias.
 
     Args:
         inputs: Size of the last axis of the layer's input, J.
@@ -24,7 +25,7 @@ class DenseMap:
 
     @property
     def kernel_rows(self) -> int:
-        """Rows of the joint matrix that belong to the kernel."""
+        """Rows of the weights with bias that belong to the kernel."""
         return self.inputs
 
     def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
@@ -33,8 +34,12 @@ class DenseMap:
         P is the number of parts that inputs are cut into, of c inputs each, the last one
         filled up with zeros.
         """
-        rows = split_columns(tf.reshape(at_least_float32(inputs), (1, -1, self.inputs)), parts)
+        rows = split_columns(self.input_rows(inputs), parts)
         return gram(rows), sum_of_rows(rows)
+
+    def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Flattens `(B, ..., J)` to `(1, positions of all examples, J)`."""
+        return tf.reshape(at_least_float32(inputs), (1, -1, self.inputs))
 
     def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
         """Number of output positions of all examples together, a scalar."""
@@ -49,8 +54,8 @@ class DenseMap:
         rows = kernel if bias is None else tf.concat((kernel, tf.expand_dims(bias, 0)), axis=0)
         return tf.expand_dims(rows, 0)
 
-    def unstack_bias(self, joint: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
+    def unstack_bias(self, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Splits `(1, n, I)` into kernel `(J, I)` and bias `(I,)` (or None)."""
-        rows = tf.squeeze(joint, axis=0)
-        has_bias = joint.shape[1] > self.inputs
+        rows = tf.squeeze(weights, axis=0)
+        has_bias = weights.shape[1] > self.inputs
         return rows[: self.inputs], rows[self.inputs] if has_bias else None

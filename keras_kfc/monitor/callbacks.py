@@ -6,7 +6,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_kfc.curvature.api import CurvatureBlock
 from keras_kfc.monitor.pictures import draw_factors, require_matplotlib
+from keras_kfc.optimizer.telemetry import watch_steps
 from keras_kfc.passes.automatic import kronecker_optimizer
 from keras_kfc.utils.arguments import check_choice, check_positive_integer
 from keras_kfc.utils.texts import unused_name
@@ -62,7 +64,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Lets the optimizer note its steps."""
-        if _optimizer_of(self.model, self).watch_steps() and self.model.train_function is not None:
+        if watch_steps(_optimizer_of(self.model, self)) and self.model.train_function is not None:
             # It was traced when nobody watched.
             self.model.make_train_function(force=True)
 
@@ -88,11 +90,12 @@ class CurvatureMonitor(keras.callbacks.Callback):
         for block in optimizer.blocks if self.spectrum != "none" else ():
             path = unused_name(block.path, names)
             names.add(path)
-            for name in ("omega", "gamma"):
-                low, high = _extremes(block.parts_of(f"{name}_inverse"), block.inverted)
+            layout = block.layout
+            for name, inverse in zip(layout.factor_shapes, layout.inverse_shapes, strict=True):
+                low, high = _extremes(block, inverse, block.inverted)
                 values[f"{path}/{name}_condition"] = high / low
                 if self.spectrum == "extremes":
-                    low, high = _extremes(block.parts_of(name), block.weight)
+                    low, high = _extremes(block, name, block.weight)
                     values[f"{path}/{name}_min"], values[f"{path}/{name}_max"] = low, high
         return values
 
@@ -141,9 +144,9 @@ def _optimizer_of(model: keras.Model, callback: keras.callbacks.Callback) -> Any
     return optimizer
 
 
-def _extremes(parts: list[np.ndarray], filled: keras.Variable) -> tuple[float, float]:
-    """Smallest and largest eigenvalue over the blocks of a factor, NaN if it holds nothing."""
+def _extremes(block: CurvatureBlock, name: str, filled: keras.Variable) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of a factor or an inverse, NaN if it holds nothing."""
     if not filled.numpy():
         return float("nan"), float("nan")
-    eigenvalues = [np.linalg.eigvalsh(part.astype("float64")) for part in parts]
-    return float(min(e[0] for e in eigenvalues)), float(max(e[-1] for e in eigenvalues))
+    eigenvalues = np.concatenate(block.spectra(name))
+    return float(eigenvalues.min()), float(eigenvalues.max())

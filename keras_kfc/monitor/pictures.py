@@ -17,6 +17,7 @@ from keras_kfc.utils.texts import unused_name
 
 # Eigenvalues below this share of the largest are rounding errors of float32.
 _ROUNDING = 1e-8
+_SYMBOLS = {"omega": "Ω", "gamma": "Γ"}
 # A heat map of all blocks has no more rows than this.
 _MOST_ROWS = 4096
 
@@ -39,7 +40,8 @@ def draw_factors(
     A picture shows omega and gamma, red above zero and blue below, entries outside of
     diagonal blocks in grey; and on the right the eigenvalues of each factor from the
     largest to the smallest, over their mean, with those of the damped factor dashed where
-    an optimizer is drawn. Layers that have seen no data are left out.
+    an optimizer is drawn. Layers that have seen no data, or whose block has no matrices, are
+    left out.
 
     Args:
         source: A `keras_kfc.KFC`, a model compiled with one, or what
@@ -108,15 +110,12 @@ def _layers_in(source: Any) -> list[_Layer]:
         )
     layers = []
     for block in optimizer.blocks:
-        if block.weight.numpy() > 0:
-            names = ("omega", "gamma") if block.inverted.numpy() else ()
-            layers.append(
-                _Layer(
-                    block.path,
-                    {name: block.parts_of(name) for name in ("omega", "gamma")},
-                    {name: block.parts_of(f"{name}_inverse") for name in names},
-                )
-            )
+        layout = block.layout
+        factors = {name: block.matrices(name) for name in layout.factor_shapes}
+        if block.weight.numpy() > 0 and all(factors.values()):
+            pairs = zip(factors, layout.inverse_shapes, strict=True)
+            inverses = {name: block.matrices(inverse) for name, inverse in pairs}
+            layers.append(_Layer(block.path, factors, inverses if block.inverted.numpy() else {}))
     return layers
 
 
@@ -128,10 +127,11 @@ def _draw(layer: _Layer, file: pathlib.Path) -> pathlib.Path:
     # Without pyplot, which would keep figures and a window system.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    *maps, spectrum = figure.subplots(1, 3)
-    for axes, (name, symbol) in zip(maps, (("omega", "Ω"), ("gamma", "Γ")), strict=True):
-        parts = layer.factors[name]
+    count = len(layer.factors)
+    figure = Figure(figsize=(4.4 * (count + 1), 4.2), layout="constrained")
+    *maps, spectrum = figure.subplots(1, count + 1)
+    for axes, (name, parts) in zip(maps, layer.factors.items(), strict=True):
+        symbol = _SYMBOLS.get(name, name)
         shown = _that_fit(parts)
         matrix = _block_diagonal(shown)
         image = axes.imshow(matrix, cmap=_colours(), interpolation="nearest", **_limits(matrix))
@@ -142,8 +142,9 @@ def _draw(layer: _Layer, file: pathlib.Path) -> pathlib.Path:
             title += f", the first {len(shown)}"
         axes.set_title(title)
         figure.colorbar(image, ax=axes, shrink=0.85)
-    for name, symbol, colour in (("omega", "Ω", "tab:blue"), ("gamma", "Γ", "tab:orange")):
-        eigenvalues = _eigenvalues(layer.factors[name])
+    for number, (name, parts) in enumerate(layer.factors.items()):
+        symbol, colour = _SYMBOLS.get(name, name), f"C{number}"
+        eigenvalues = _eigenvalues(parts)
         unit = eigenvalues.mean() or 1.0
         position = np.linspace(0, 1, len(eigenvalues))
         marker = "." if len(eigenvalues) <= 40 else None

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from keras_kfc.curvature.api import STRUCTURES
 from keras_kfc.losses.derivatives import FISHERS
+from keras_kfc.passes.capture import Capture
 from keras_kfc.utils.arguments import (
     check_boolean,
     check_choice,
@@ -46,6 +48,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "inverse_update_period": check_positive_integer,
     "scale_free": check_boolean,
     "factor_samples": _or_none(check_positive_integer),
+    "structure": lambda name, value: check_choice(name, value, tuple(STRUCTURES)),
     "max_factor_dim": _or_none(check_positive_integer),
     "fallback_lr_ratio": _number(),
     "seed": lambda name, value: check_seed(value),
@@ -63,3 +66,30 @@ def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If one is out of range.
     """
     return {name: check(name, arguments[name]) for name, check in CHECKS.items()}
+
+
+def check_forward_pass(built: bool, capture: Any, **needed: Any) -> None:
+    """Checks the arguments of `KFC.update_factors`.
+
+    Args:
+        built: Whether the optimizer is built.
+        capture: What should be a capture.
+        **needed: Arguments that must not be None, by name.
+
+    Raises:
+        ValueError: If the optimizer is not built, or an argument is None.
+        TypeError: If `capture` is something else.
+    """
+    if not built:
+        raise ValueError(
+            "The optimizer has no factors yet. Call "
+            "`optimizer.build(model.trainable_variables)` before `update_factors`."
+        )
+    if not isinstance(capture, Capture):
+        raise TypeError(
+            "Argument `capture` must be the `keras_kfc.Capture` of the forward pass. "
+            f"Received: capture={capture!r} of type {type(capture).__name__}"
+        )
+    for name, given in needed.items():
+        if given is None:
+            raise ValueError(f"Argument `{name}` is needed. Received: {name}=None")

@@ -20,7 +20,7 @@ class Settable:
         self._optional = optional
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name, self._slot = name, f"_{name}"
+        self.name, self._slot = name, f"_{name}"
 
     def check(self, value: Any) -> None:
         """Raises an error in Keras's style if a value cannot be set.
@@ -30,7 +30,7 @@ class Settable:
             ValueError: If it is out of range.
         """
         if not (isinstance(value, _Schedule) or (value is None and self._optional)):
-            check_number(self._name, value, 0)
+            check_number(self.name, value, 0)
 
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         if optimizer is None:
@@ -39,7 +39,7 @@ class Settable:
         return held(optimizer.iterations) if isinstance(held, _Schedule) else held
 
     def __set__(self, optimizer: Any, value: Any) -> None:
-        name, held = self._name, getattr(optimizer, self._slot, None)
+        name, held = self.name, getattr(optimizer, self._slot, None)
         created_with_none = held is None and hasattr(optimizer, self._slot)
         self.check(value)
         if isinstance(held, keras.Variable) and not isinstance(value, _Schedule | None):
@@ -59,7 +59,7 @@ class Settable:
                 f"at any time if it was created with one. Received: {name}={value!r}"
             )
         if isinstance(held, keras.Variable):
-            optimizer._untrack_variable(held)
+            optimizer.forget_variable(held)
         if value is not None and not isinstance(value, _Schedule):
             value = optimizer.add_variable(
                 (),
@@ -78,8 +78,8 @@ class Settable:
 
     def deserialized(self, config: dict[str, Any], custom_objects: Any = None) -> dict[str, Any]:
         """A configuration with the schedule in place of its serialised form."""
-        value = config.get(self._name)
+        value = config.get(self.name)
         if not isinstance(value, dict):
             return config
         schedule = keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
-        return {**config, self._name: schedule}
+        return {**config, self.name: schedule}

@@ -1,34 +1,39 @@
 """KFC: momentum gradient descent preconditioned by Kronecker factors.
 
-This module holds the arguments, state and configuration of the optimizer; how it
-takes in statistics stands in `factor_updates`, what it does with gradients in
-`update`.
+The class holds the arguments and the parts (`keras_kfc.optimizer.parts`), and gives each its turn.
 """
 
 import random
-import weakref
 from typing import Any
 
 import keras
 
-from keras_kfc.curvature.block_diagonal import Preconditioner
-from keras_kfc.optimizer.arguments import CHECKS, KERAS_ARGUMENTS, checked
-from keras_kfc.optimizer.factor_updates import FactorUpdates
+from keras_kfc._compat.keras_internals import compile_loss
+from keras_kfc._compat.whole_step import WholeStepOptimizer
+from keras_kfc.optimizer import resuming
+from keras_kfc.optimizer.arguments import CHECKS, KERAS_ARGUMENTS, check_forward_pass, checked
+from keras_kfc.optimizer.hyperparameter import Settable
 from keras_kfc.optimizer.memory import usage_of
-from keras_kfc.passes.automatic import PendingCaptures
+from keras_kfc.optimizer.notices import Notices
+from keras_kfc.optimizer.parts import Parts, parts_of
+from keras_kfc.optimizer.receiving import receive_pass
+from keras_kfc.optimizer.telemetry import StepTelemetry
+from keras_kfc.passes.automatic import PendingCaptures, take_pending
+from keras_kfc.placement.current import current_placement
 from keras_kfc.steps.loss_trend import Progress
 from keras_kfc.steps.polyak import PolyakSteps
 from keras_kfc.utils.arguments import check_base_arguments
 
 
 @keras.saving.register_keras_serializable(package="keras_kfc")
-class KFC(FactorUpdates):
+class KFC(WholeStepOptimizer):
     """Kronecker Factors for Convolution, an approximate natural gradient.
 
-    Momentum gradient descent, preconditioned for every layer of a class in
-    `keras_kfc.layers` by a Kronecker-factored approximation of the
-    Fisher matrix. With `D` the gradient of a layer's kernel and bias as one
-    matrix, a step is
+    Momentum gradient descent, preconditioned for every layer of a class in `keras_kfc.layers` by
+    a Kronecker-factored approximation of the Fisher matrix: KFC-pre of [Grosse & Martens,
+    2016](https://arxiv.org/abs/1602.01407), with the damping of [Martens & Grosse,
+    2015](https://arxiv.org/abs/1503.05671). With `D` the gradient of a layer's kernel and bias
+    as one matrix, a step is
 
         Ω ← average of E[Σ_t ā_t ā_tᵀ]               every `factor_update_period` steps
         Γ ← average of E[(1/|T|) Σ_t Ds_t Ds_tᵀ]     likewise
@@ -40,78 +45,60 @@ class KFC(FactorUpdates):
         p ← μ p + v
         θ ← θ - w n β / (1 - μ) θ + μ p + v          (p in place of μ p + v without Nesterov)
 
-    Updates that have a period are due more often at the start: in each of the first 8
-    steps, in every second of the next 8, in every fourth of the next 16, and so on, up to
-    the period.
+    In the first steps updates are due more often than the periods say.
 
     `α` is Polyak's step size in the metric of the Fisher matrix: a gradient, momentum included,
-    promises to take off a part `c`, `polyak`, of the gap `G`, which is what the loss has above the
-    lowest value within reach. The targets tell of that value, and how fast the loss falls. `η` is
-    the learning rate: no layer's weights move by more in a step, root mean square and with
-    momentum, as with Adam. `s` is `η` over its highest value so far, so that a schedule acts on
-    steps below the bound, too. Where the train step hides its loss, a layer moves by a fifth of
-    the bound. The reasons, and the constants, stand in `docs/method.md`.
-
-    Kernels decay by a part `w`, `weight_decay`, of the step, so far as the gradient is noise:
-    `n = 1 - min(1, 2 (L - L₀) / Σ d·D)`, since a quadratic loss without noise has
-    `Σ d·D = 2 (L - L₀)`. Where `L₀` is not known, they decay as all other variables do.
-
-    All this is free of scale: `λ` is `damping` times the mean eigenvalue of the layer's own
-    block by default, and a loss weight changes nothing.
+    promises to take off a part `c`, `polyak`, of the gap `G`, what the loss has above the
+    lowest value within reach. `η` is the learning rate: no layer's weights move by more in a
+    step, root mean square and with momentum, as with Adam. `s` is `η` over its highest value so
+    far, so that a schedule acts on all steps. Kernels decay by a part `w` of the step, so far
+    as the gradient is noise, `n`. `λ` is `damping` times the mean eigenvalue of the layer's own
+    block. The reasons, and what holds where the loss or its lowest value is not known, stand in
+    `docs/method.md`.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with sample,
-    class and loss weights, for Keras's losses and for functions of your own that are twice
-    differentiable in a model's outputs. Where there is none, as for a loss over pairs of examples,
-    KFC takes the empirical Fisher matrix, and logs so once.
-
-    Variables of other layers are trained by Adam with a learning rate of
-    `fallback_lr_ratio * learning_rate`, and an epsilon relative to the size of
-    the gradients. A step whose derivatives hold a NaN or an infinity is skipped
-    and counted; so are factors and inverses that are not finite.
+    class and loss weights; where a loss has none, the empirical Fisher matrix, and KFC logs so.
+    Variables of other layers are trained by Adam. A step whose derivatives hold a NaN or an
+    infinity is skipped and counted; so are factors and inverses that are not finite.
 
     Args:
-        learning_rate: A float, a
-            `keras.optimizers.schedules.LearningRateSchedule` instance, or a
-            callable that takes no arguments and returns the value to use: `η`, the most that a
-            layer's weights move in a step, root mean square. Defaults to `0.03`.
-        damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov
-            damping `λ`, in units of the mean eigenvalue of the layer's block
-            (absolute if `scale_free=False`). Can be read and set during
-            training. Defaults to `0.2`.
+        learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use: `η`, the most that a layer's
+            weights move in a step, root mean square. Defaults to `0.03`.
+        damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov damping `λ`, in units of
+            the mean eigenvalue of the layer's block (absolute if `scale_free=False`). Can be
+            read and set during training. Defaults to `0.2`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
-        nesterov: Whether to use Nesterov momentum. Defaults to `True`.
+        nesterov: Whether it is Nesterov's momentum. Defaults to `True`.
         polyak: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss above
             its lowest value that a gradient may promise to take off. Can be read and set
             during training. None for steps of `learning_rate * d`, without a bound.
             Defaults to `1.0`.
         kl_clip: Bound of a trust region, `ν ≤ kl_clip (L - L₀)` (absolute, `ν ≤ kl_clip`, if
-            `scale_free=False`), or None for none where Polyak's rule applies.
-            Defaults to `None`.
-        fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the
-            model's own prediction (as the paper does), `"empirical"` takes the
-            training targets, `"exact"` sums over all classes or outputs, one
-            backward pass for each. Defaults to `"sampled"`.
+            `scale_free=False`), or None for none where Polyak's rule applies. Defaults to `None`.
+        fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the model's own
+            prediction (as the paper does), `"empirical"` takes the training targets, `"exact"`
+            sums over all classes or outputs, a backward pass for each. Defaults to `"sampled"`.
         factor_decay: Decay of the moving averages of the factors for one
             update, in [0, 1); batches count by their examples, and small ones are
             forgotten more slowly, unless it is 0. Defaults to `0.95`.
-        factor_update_period: Steps between updates of the factors, the paper's
-            `T_s`. Defaults to `10`.
-        inverse_update_period: Steps between updates of the inverses, the
-            paper's `T_f`. Defaults to `20`.
-        scale_free: Whether `damping` and `kl_clip` are relative, as above. With
-            False they are absolute, as in the paper. Defaults to `True`.
-        factor_samples: Number of examples of a batch to estimate factors from, drawn
-            anew for each update (neighbours, so batches should be shuffled), or None
-            for all. Products for the factors get cheaper, the backward pass for them
-            does not, and estimates get noisier. Defaults to `None`.
-        max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks
-            of that size or less (but a convolution's kernel positions stay together),
-            with a logged warning that tells what the whole would take; None for no
-            limit. A factor of n rows takes `8 n²` bytes with its inverse, about `n³`
-            products each time it is inverted, and n products for each of the layer's
-            weights in every step. Defaults to `2048`.
-        fallback_lr_ratio: Learning rate of the fallback rule over
-            `learning_rate`. Defaults to `0.2`.
+        factor_update_period: Steps between updates of the factors, the paper's `T_s`. Defaults
+            to `10`.
+        inverse_update_period: Steps between updates of the inverses, the paper's `T_f`. Defaults
+            to `20`.
+        scale_free: Whether `damping` and `kl_clip` are relative, as above, or absolute, as in the
+            paper. Defaults to `True`.
+        factor_samples: Number of examples of a batch to estimate factors from, drawn anew for each
+            update (neighbours, so batches should be shuffled), or None for all. Products for
+            the factors get cheaper, estimates noisier. Defaults to `None`.
+        structure: What the layers' Fisher blocks are kept as: `"kronecker"`, the paper's product of
+            two factors, or `"diagonal"`. Defaults to `"kronecker"`.
+        max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size
+            or less (a convolution's kernel positions stay together), with a logged warning;
+            None for no limit. A factor of n rows takes `8 n²` bytes with its inverse, about `n³`
+            products each time it is inverted, and n for each of the layer's weights in
+            every step. Defaults to `2048`.
+        fallback_lr_ratio: That of the fallback rule over `learning_rate`. Defaults to `0.2`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
         name: Name of the optimizer. Defaults to `"kfc"`, with a number where that is taken.
         weight_decay: Float, at least 0, or None: decoupled weight decay `w` of all variables
@@ -119,18 +106,15 @@ class KFC(FactorUpdates):
             covered layers decay in proportion to the step, as above, all others by a fifth of
             `w * fallback_lr_ratio * learning_rate`, of embeddings only the rows that a batch
             used. Defaults to `0.02`.
-        clipnorm: Float. If set, the gradient of each weight is clipped to this norm.
-        clipvalue: Float. If set, gradients are clipped to be no higher than this value.
-        global_clipnorm: Float. If set, all gradients are clipped to this joint norm.
+        clipnorm: Float or None. Norm that the gradient of each weight is clipped to.
+        clipvalue: Float or None. What gradients are clipped to be no higher than.
+        global_clipnorm: Float or None. Joint norm that all gradients are clipped to.
         use_ema: Whether to keep a moving average of the weights, which replaces them when
             `fit` ends, as the paper evaluates. Defaults to `False`.
-        ema_momentum: Float, decay of that average, which forgets within
-            `1 / (1 - ema_momentum)` steps. The paper's lasts about an epoch:
+        ema_momentum: Float, decay of that average. The paper's lasts about an epoch:
             `1 - 1 / steps_per_epoch`. Defaults to `0.99`.
-        ema_overwrite_frequency: Integer or None. If set, the weights are overwritten
-            by their average every so many steps.
-        loss_scale_factor: Float or None. Factor that the loss was multiplied by, to
-            be divided out of the gradients.
+        ema_overwrite_frequency: Integer or None. Steps after which it overwrites the weights.
+        loss_scale_factor: Float or None. Factor that the loss was multiplied by.
         gradient_accumulation_steps: Integer or None. If set, weights are updated
             every so many batches, and the batches' gradients are averaged.
 
@@ -143,14 +127,10 @@ class KFC(FactorUpdates):
 
     Example:
 
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((8, 8, 1)),
-    ...         keras_kfc.layers.Conv2D(4, 3, activation="relu"),
-    ...         keras.layers.Flatten(),
-    ...         keras_kfc.layers.Dense(2, activation="softmax"),
-    ...     ]
-    ... )
+    >>> model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3)])
+    >>> model.add(keras.layers.Flatten())
+    >>> model.add(keras.layers.Dense(2, activation="softmax"))
+    >>> model = keras_kfc.instrument(model)
     >>> model.compile(optimizer=keras_kfc.KFC(), loss="sparse_categorical_crossentropy")
     >>> images = np.random.default_rng(0).normal(size=(32, 8, 8, 1))
     >>> labels = (images.mean(axis=(1, 2, 3)) > 0).astype("int32")
@@ -159,12 +139,10 @@ class KFC(FactorUpdates):
     ['conv2d', 'dense']
     >>> int(model.optimizer.skipped_steps)
     0
-
-    References:
-
-    - [Grosse & Martens, 2016](https://arxiv.org/abs/1602.01407), KFC-pre
-    - [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671), factored damping
     """
+
+    damping = Settable()
+    polyak = Settable(optional=True)
 
     def __init__(
         self,
@@ -180,6 +158,7 @@ class KFC(FactorUpdates):
         inverse_update_period=20,
         scale_free=True,
         factor_samples=None,
+        structure="kronecker",
         max_factor_dim=2048,
         fallback_lr_ratio=0.2,
         seed=None,
@@ -195,70 +174,94 @@ class KFC(FactorUpdates):
         name=None,
         **kwargs,
     ):
-        arguments = locals()
-        base = {argument: arguments[argument] for argument in KERAS_ARGUMENTS}
+        given = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        base = {argument: given[argument] for argument in KERAS_ARGUMENTS}
         check_base_arguments(base)
         super().__init__(name=name, **base, **kwargs)
-        for argument, value in checked(arguments).items():
+        for argument, value in checked(given).items():
             setattr(self, argument, value)
         self.damping = damping
         self.polyak = polyak
         draw = random.randrange(2**31) if self.seed is None else self.seed
-        self._draw_seed = self._counter("seed", initial=draw)
-        self.skipped_steps = self._counter("skipped_steps")
-        self.skipped_factor_updates = self._counter("skipped_factor_updates")
-        self.skipped_inverse_updates = self._counter("skipped_inverse_updates")
+        self.draw_seed = self._counter("seed", draw)
+        for what in ("steps", "factor_updates", "inverse_updates"):
+            setattr(self, f"skipped_{what}", self._counter(f"skipped_{what}"))
         self.progress = Progress(self.add_variable)
-        self.step_size = PolyakSteps(self.add_variable, self.progress)
-        self._preconditioner: Any = None
-        self._momentums: tuple[Any, ...] = ()
-        self._second_moments: tuple[Any, ...] = ()
-        self._noticed = False
-        self._told = False
+        self.polyak_steps = PolyakSteps(self.add_variable, self.progress)
+        self.notices = Notices()
         self.pending_captures = PendingCaptures()
-        self._left_out = self._told_of = self._before_build = frozenset()
-        self._stored = None
-        self.watched_steps = None
+        self.waiting = resuming.Waiting()
+        self.watched_steps: StepTelemetry | None = None
+        # What `build` makes.
+        self.parts: Parts | Any = None
 
-    def _counter(self, name: str, initial: int = 0) -> keras.Variable:
+    def _counter(self, name, initial=0):
         initializer = keras.initializers.Constant(initial)
         return self.add_variable((), initializer=initializer, dtype="int64", name=name)
 
     @property
     def blocks(self):
-        """The Kronecker blocks, one for each covered layer; empty before `build`."""
-        return [] if self._preconditioner is None else list(self._preconditioner.blocks)
+        """The blocks, one for each covered layer; empty before `build`."""
+        return [] if self.parts is None else list(self.parts.curvature.blocks)
 
     def build(self, variables):
-        """Creates factors, inverses and momenta.
-
-        Args:
-            variables: The trainable variables.
-        """
+        """Creates factors, inverses and momenta for a list of trainable variables."""
         if self.built:
             return
-        self._before_build = frozenset(map(id, self._variables))
+        self.waiting.before_build = frozenset(map(id, self.variables))
         super().build(variables)
-        self._left_out |= self._stored_left_out()
-        self._preconditioner = Preconditioner(
-            variables, self.add_variable, self.max_factor_dim, self._left_out
-        )
-        for block in self.blocks:
-            variables[block.kernel].kronecker_owner = weakref.ref(self)
-        self.step_size.build(self.add_variable, len(variables))
-        covered = self._preconditioner.covered
-        self._momentums = tuple(self.add_optimizer_variables(variables, "momentum"))
-        self._second_moments = tuple(
-            None
-            if index in covered
-            else self.add_variable_from_reference(variable, name="second_moment")
-            for index, variable in enumerate(variables)
-        )
-        self._take_waiting_state()
+        self.parts = parts_of(self, variables, self.waiting.all_left_out())
+        resuming.take_waiting(self)
+
+    def update_factors(self, capture, loss=None, y_true=None, y_pred=None, sample_weight=None):
+        """Updates the factors from one forward pass, if that is due.
+
+        `fit` does this by itself; custom training loops call it between the
+        forward pass and `apply_gradients`.
+
+        Args:
+            capture: The `keras_kfc.Capture` that was open during the forward pass.
+            loss: The loss, as `keras.Model.compile` takes it.
+            y_true: Targets.
+            y_pred: The model's outputs in the forward pass.
+            sample_weight: Sample weights or None.
+
+        Raises:
+            ValueError: If the optimizer is not built.
+        """
+        check_forward_pass(self.built, capture, loss=loss, y_pred=y_pred)
+        # What the model captured by itself belongs to another forward pass.
+        take_pending(self)
+        compiled = compile_loss(loss)
+        value = compiled(y_true, y_pred, sample_weight)
+        self.parts.measuring.take_in(capture, compiled, y_true, y_pred, sample_weight, value)
+
+    def apply(self, grads, trainable_variables=None):
+        """Updates the variables, after taking in a pending forward pass.
+
+        Args:
+            grads: Gradients.
+            trainable_variables: The variables they belong to; optional once built.
+        """
+        grads = list(grads)
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        receive_pass(self, grads, trainable_variables)
+        super().apply(grads, trainable_variables)
+
+    def take_step(self, gradients, variables, learning_rate):
+        """Takes a step with all gradients at once; Keras calls this."""
+        current_placement().run_once(self.parts.measuring.refresh_inverses)
+        by_index = {self.index_of(variable): variable for variable in variables}
+        self.parts.update.take(by_index, gradients, self.clipped(gradients), learning_rate)
 
     def has_block(self, kernel):
-        """Whether a kernel variable has a Kronecker block, or may get one in `build`."""
-        return not self.built or self._preconditioner.has_block(kernel)
+        """Whether a kernel variable has a block, or may get one in `build`."""
+        return not self.built or self.parts.curvature.has_block(kernel)
+
+    def adopt(self, variables):
+        """Builds anew if layers were instrumented since; False if training would be lost."""
+        return resuming.adopt(self, variables)
 
     def memory_usage(self, variables=None):
         """Tells what factors, inverses and momenta take, layer by layer.
@@ -268,29 +271,26 @@ class KFC(FactorUpdates):
                 not built; nothing is made or built for them.
 
         Returns:
-            A `MemoryUsage`, which prints as a table, with its `entries` and `total` in bytes.
+            A `MemoryUsage`, which prints as a table.
 
         Raises:
             ValueError: If the optimizer is not built and no variables are given.
             TypeError: If `variables` is not a list of variables.
-
-        Example:
-
-        >>> model = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])
-        >>> usage = keras_kfc.KFC().memory_usage(model.trainable_variables)
-        >>> usage.entries[0].omega, usage.entries[0].inverses
-        ((1, 4, 4), 80)
         """
         return usage_of(self, variables)
 
+    def save_own_variables(self, store):
+        """Stores all variables, and how they are laid out."""
+        resuming.save(self, store)
+
+    def load_own_variables(self, store):
+        """Takes over stored variables, all or none."""
+        resuming.load(self, store)
+
     def get_config(self):
         """Configuration from which `from_config` makes an equal optimizer."""
-        return {
-            **super().get_config(),
-            "damping": KFC.damping.serialized(self),
-            "polyak": KFC.polyak.serialized(self),
-            **{name: getattr(self, name) for name in CHECKS},
-        }
+        settable = {s.name: s.serialized(self) for s in (KFC.damping, KFC.polyak)}
+        return super().get_config() | settable | {name: getattr(self, name) for name in CHECKS}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

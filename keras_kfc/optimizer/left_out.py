@@ -16,8 +16,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_kfc.optimizer.resuming import leave_out
 from keras_kfc.passes.capture import Capture
-from keras_kfc.placement.replicas import count_replicas
+from keras_kfc.placement.current import current_placement
 
 _logger = logging.getLogger("keras_kfc")
 
@@ -48,9 +49,7 @@ def leave_out_what_has_no_statistics(
         # Built in this trace. TensorFlow traces the step once more before it runs.
         return
     records = {} if capture is None else capture.records
-    kernels = {
-        id(optimizer._trainable_variables[block.kernel]): block for block in optimizer.blocks
-    }
+    kernels = {id(optimizer.trained_variables[block.kernel]): block for block in optimizer.blocks}
     again = {
         kernels[key].kernel
         for key, record in records.items()
@@ -70,14 +69,14 @@ def leave_out_what_has_no_statistics(
         if capture is not None and (capture.loss is not None or record.differentiated_uses())
     }
     if variables is None:
-        variables = optimizer._trainable_variables
+        variables = optimizer.trained_variables
     present = {id(v) for v, g in zip(variables, gradients, strict=False) if g is not None}
     unseen = {
         block.kernel
         for key, block in kernels.items()
         if key in present
         and key not in recorded
-        and block.kernel not in again | optimizer._preconditioner.captured
+        and block.kernel not in again | optimizer.parts.curvature.captured
     }
     _leave_out(
         optimizer,
@@ -89,15 +88,16 @@ def leave_out_what_has_no_statistics(
 
 
 def _leave_out(optimizer: Any, kernels: set[int], reason: str) -> None:
-    blocks = [block for block in optimizer.blocks if block.kernel in kernels - optimizer._told_of]
+    new = kernels - optimizer.notices.told_of
+    blocks = [block for block in optimizer.blocks if block.kernel in new]
     if not blocks:
         return
     paths = ", ".join(block.path for block in blocks)
     if _can_leave_out(optimizer, blocks):
-        optimizer.leave_out(kernels)
+        leave_out(optimizer, kernels)
         _logger.warning("The fallback rule of KFC, an Adam, trains %s. %s", paths, reason)
     else:
-        optimizer._told_of |= kernels
+        optimizer.notices.told_of |= kernels
         _logger.warning(
             "KFC should not train %s, but has begun to: go on with a new optimizer, after "
             "`keras_kfc.instrument(model, exclude=[...])`. %s",
@@ -119,11 +119,11 @@ def _copies(variable: Any) -> Sequence[tf.Variable]:
 
 def _can_leave_out(optimizer: Any, blocks: Sequence[Any]) -> bool:
     """Whether nobody uses the optimizer's variables or the blocks' factors yet."""
-    if count_replicas() > 1:
+    if current_placement().count > 1:
         return False
     with tf.init_scope():
         used = any(block.weight.numpy() for block in blocks)
         started = int(optimizer.iterations.numpy()) > 0
     # Functions that were traced before would go on with the old variables.
-    traced = not tf.executing_eagerly() and (started or optimizer._preconditioner.captured)
+    traced = not tf.executing_eagerly() and (started or optimizer.parts.curvature.captured)
     return not used and not traced

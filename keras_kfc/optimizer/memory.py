@@ -3,18 +3,19 @@
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
 
-from keras_kfc.curvature.layout import Partition, factor_dtype, partition_of
-from keras_kfc.layers.instrumented import blocks_among
+from keras_kfc.curvature.api import CurvatureBlock
+from keras_kfc.curvature.choice import PlannedBlock, planned_blocks
+from keras_kfc.linalg.precision import factor_dtype
 from keras_kfc.utils.texts import bytes_text
 
-BlockPlan = tuple[str, Partition, int, int | None]
+_SYMBOLS = {"omega": "Ω", "gamma": "Γ"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +24,16 @@ class LayerMemory:
 
     Args:
         path: The layer's path.
-        omega: Shape of its input factor `(blocks, n, n)`, or None if it has no Kronecker block.
-        gamma: Likewise of its output factor.
-        factors: Bytes of both factors.
+        shapes: Shapes of its factors by name, such as `(blocks, n, n)` for `"omega"` and
+            `"gamma"`; empty if it has no block.
+        factors: Bytes of the factors.
         inverses: Bytes of their damped inverses.
         momenta: Bytes of momenta and of all else that Keras keeps for its weights
             (moving averages, accumulated gradients).
     """
 
     path: str
-    omega: tuple[int, int, int] | None
-    gamma: tuple[int, int, int] | None
+    shapes: Mapping[str, tuple[int, ...]]
     factors: int
     inverses: int
     momenta: int
@@ -54,6 +54,13 @@ class MemoryUsage:
     Attributes:
         entries: As given.
         others: As given.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])
+    >>> usage = keras_kfc.KFC().memory_usage(model.trainable_variables)
+    >>> usage.entries[0].shapes, usage.entries[0].inverses
+    ({'omega': (1, 4, 4), 'gamma': (1, 2, 2)}, 80)
     """
 
     def __init__(self, entries: Iterable[LayerMemory], others: int):
@@ -67,13 +74,12 @@ class MemoryUsage:
 
     def __str__(self) -> str:
         table = Table(title="Memory of the optimizer")
-        headings = ("layer", "Ω", "Γ", "factors", "inverses", "momenta", "total")
+        headings = ("layer", "shapes", "factors", "inverses", "momenta", "total")
         for heading in headings:
             table.add_column(heading, justify="left" if heading == "layer" else "right")
         for entry in self.entries:
             sizes = (entry.factors, entry.inverses, entry.momenta, entry.total)
-            shapes = (_shape_text(entry.omega), _shape_text(entry.gamma))
-            table.add_row(entry.path, *shapes, *map(bytes_text, sizes))
+            table.add_row(entry.path, _shapes_text(entry.shapes), *map(bytes_text, sizes))
         table.caption = f"{bytes_text(self.total)} altogether"
         output = io.StringIO()
         Console(file=output, width=140).print(table)
@@ -82,20 +88,30 @@ class MemoryUsage:
     __repr__ = __str__
 
 
-def planned_blocks(variables: Any, max_factor_dim: int | None) -> list[BlockPlan]:
-    """The blocks that an optimizer would have for some trainable variables.
+def usage_of(optimizer: Any, variables: Any = None) -> MemoryUsage:
+    """What an optimizer's variables take, or would take once it is built.
 
     Args:
-        variables: The trainable variables.
-        max_factor_dim: As of `keras_kfc.KFC`.
-
-    Returns:
-        Path, layout, index of the kernel, and index of the bias or None, for each.
+        optimizer: The `keras_kfc.KFC`.
+        variables: The trainable variables of the model, while the optimizer is not built.
 
     Raises:
-        ValueError: If `variables` is None.
-        TypeError: If it is not a list.
+        ValueError: If the optimizer is not built and `variables` is None.
+        TypeError: If `variables` is not a list.
     """
+    blocks: Iterable[PlannedBlock | CurvatureBlock] = optimizer.blocks
+    own = optimizer.variables
+    if optimizer.built:
+        variables = optimizer.trained_variables
+        own = [v for v in own if id(v) in optimizer.waiting.before_build]
+    else:
+        _check_variables(variables)
+        blocks = planned_blocks(variables, optimizer.structure, optimizer.max_factor_dim)
+    copies = int(optimizer.use_ema) + bool(optimizer.gradient_accumulation_steps)
+    return memory_of(variables, blocks, copies, own)
+
+
+def _check_variables(variables: Any) -> None:
     if variables is None:
         raise ValueError(
             "Argument `variables` is needed before the optimizer is built, for example "
@@ -107,52 +123,46 @@ def planned_blocks(variables: Any, max_factor_dim: int | None) -> list[BlockPlan
             f"`model.trainable_variables`. Received: variables={variables!r} of type "
             f"{type(variables).__name__}"
         )
-    return [
-        (
-            layer.path,
-            partition_of(layer.linear_map, bias is not None, max_factor_dim),
-            index,
-            bias,
-        )
-        for index, layer, bias in blocks_among(variables)
-    ]
 
 
 def memory_of(
-    variables: Sequence[Any], blocks: Iterable[BlockPlan], copies: int, others: Iterable[Any]
+    variables: Sequence[Any],
+    blocks: Iterable[PlannedBlock | CurvatureBlock],
+    copies: int,
+    others: Iterable[Any],
 ) -> MemoryUsage:
     """What an optimizer takes for some trainable variables.
 
     Args:
         variables: The trainable variables.
-        blocks: The blocks among them, as of `planned_blocks`.
+        blocks: The blocks among them.
         copies: Number of copies of all variables that Keras keeps for its own purposes.
         others: The optimizer's variables that belong to none of these.
 
     Returns:
-        A `MemoryUsage` with an entry for each Kronecker block, then one for each other layer.
+        A `MemoryUsage` with an entry for each block, then one for each other layer.
     """
     entries = []
     covered: set[int] = set()
-    for path, partition, index, bias in blocks:
-        shapes = (partition.omega_shape, partition.gamma_shape)
-        dtype = factor_dtype(variables[index])
-        factors = sum(_bytes_of(shape, dtype) for shape in shapes)
+    for block in blocks:
+        layout = block.layout
+        dtype = factor_dtype(variables[block.kernel])
+        factors = sum(_bytes_of(shape, dtype) for shape in layout.factor_shapes.values())
+        inverses = sum(_bytes_of(shape, dtype) for shape in layout.inverse_shapes.values())
         # A block's two scalars count with its factors.
-        scalars = _bytes_of((2,), dtype)
-        indices = {index} if bias is None else {index, bias}
+        factors += _bytes_of((2,), dtype)
+        indices = {block.kernel} if block.bias is None else {block.kernel, block.bias}
         covered |= indices
         momenta = sum(_bytes_of(variables[i].shape, variables[i].dtype) for i in indices)
-        entries.append(
-            LayerMemory(path, *shapes, factors + scalars, factors, (1 + copies) * momenta)
-        )
+        momenta *= 1 + copies
+        entries.append(LayerMemory(block.path, layout.factor_shapes, factors, inverses, momenta))
     fallback: dict[str, int] = {}
     for index, variable in enumerate(variables):
         if index not in covered:
             path = getattr(variable, "path", variable.name).rpartition("/")[0]
             size = (2 + copies) * _bytes_of(variable.shape, variable.dtype)
             fallback[path] = fallback.get(path, 0) + size
-    entries += [LayerMemory(path, None, None, 0, 0, size) for path, size in fallback.items()]
+    entries += [LayerMemory(path, {}, 0, 0, size) for path, size in fallback.items()]
     # The mean square of each block's step, and the weight of these means.
     lengths = _bytes_of((len(variables) + 1,), "float32")
     return MemoryUsage(entries, lengths + sum(_bytes_of(v.shape, v.dtype) for v in others))
@@ -162,26 +172,11 @@ def _bytes_of(shape: Iterable[int], dtype: Any) -> int:
     return math.prod(shape) * tf.as_dtype(dtype).size
 
 
-def _shape_text(shape: tuple[int, int, int] | None) -> str:
-    if shape is None:
-        return "none"
-    count, rows, _ = shape
-    return f"{rows} x {rows}" if count == 1 else f"{count} of {rows} x {rows}"
+def _shapes_text(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(_shape_text(name, shape) for name, shape in shapes.items()) or "none"
 
 
-def usage_of(optimizer: Any, variables: Any = None) -> MemoryUsage:
-    """What an optimizer's variables take, or would take once it is built.
-
-    Args:
-        optimizer: The `keras_kfc.KFC`.
-        variables: The trainable variables of the model, while the optimizer is not built.
-    """
-    if optimizer.built:
-        variables = optimizer._trainable_variables
-        parts = [(b.path, b.partition, b.kernel, b.bias) for b in optimizer.blocks]
-    else:
-        parts = planned_blocks(variables, optimizer.max_factor_dim)
-    copies = int(optimizer.use_ema) + bool(optimizer.gradient_accumulation_steps)
-    before = optimizer._before_build
-    own = (v for v in optimizer.variables if not optimizer.built or id(v) in before)
-    return memory_of(variables, parts, copies, own)
+def _shape_text(name: str, shape: tuple[int, ...]) -> str:
+    count, *matrix = shape
+    text = " x ".join(map(str, matrix))
+    return f"{_SYMBOLS.get(name, name)} " + (text if count == 1 else f"{count} of {text}")

@@ -5,6 +5,7 @@ does not depend on who watches.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -51,6 +52,18 @@ class StepTelemetry:
         """Forgets all steps."""
         self._sums.assign(tf.zeros_like(self._sums))
         self._steps.assign(0)
+
+
+def watch_steps(optimizer: Any) -> bool:
+    """Lets train steps that are traced from now on add to an optimizer's `watched_steps`.
+
+    Returns:
+        Whether nobody had asked for it before.
+    """
+    if optimizer.watched_steps is not None:
+        return False
+    optimizer.watched_steps = StepTelemetry()
+    return True
 
 
 def _norm(tensors: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -22,7 +22,7 @@ from keras_kfc.passes.capture import (
     innermost_capture,
     is_differentiated,
 )
-from keras_kfc.placement.replicas import replica_number
+from keras_kfc.placement.current import replica_number
 
 _logger = logging.getLogger("keras_kfc")
 

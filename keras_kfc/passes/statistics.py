@@ -1,18 +1,19 @@
-"""From one captured forward pass to the Kronecker factors of its batch.
+"""From one captured forward pass to what the curvature wants to know of its batch.
 
-Joins what the modules below know separately: where backward passes start
-(`derivatives`), how they run (`capture`) and what they give (`factors`).
+Joins what others know separately: where backward passes start (`keras_kfc.losses.derivatives`),
+how they run (`keras_kfc.passes.capture`), and what is summed up (the layouts of the
+curvature's blocks, as `Moments`).
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
 
+from keras_kfc.linalg.precision import all_finite
 from keras_kfc.losses.derivatives import OutputDerivatives
-from keras_kfc.maps.api import FactorLayout
 from keras_kfc.passes.capture import Capture, Use
 
 
@@ -85,47 +86,66 @@ def draw_examples(batch_size: tf.Tensor, count: int | None, seed: tf.Tensor) -> 
     return ExampleSample(batch_size, count, start)
 
 
+class Moments(Protocol):
+    """What is summed up for one layer over a batch: means over its examples."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether `from_pass` looks at the inputs."""
+
+    def from_inputs(
+        self,
+        inputs: Sequence[tf.Tensor],
+        batch_size: tf.Tensor,
+        masks: Sequence[tf.Tensor | None],
+    ) -> tuple[tf.Tensor, ...]:
+        """Moments of the inputs alone.
+
+        Args:
+            inputs: The layer's input in each of its uses.
+            batch_size: Number of examples.
+            masks: For each use, which positions count, or None for all.
+        """
+
+    def from_pass(
+        self,
+        inputs: Sequence[tf.Tensor],
+        derivatives: Sequence[tf.Tensor],
+        batch_size: tf.Tensor,
+        masks: Sequence[tf.Tensor | None],
+    ) -> tuple[tf.Tensor, ...]:
+        """Moments of one backward pass, quadratic in the derivatives; passes are summed.
+
+        Args:
+            inputs: As above; empty unless `needs_inputs`.
+            derivatives: `Ds` for each use: of one example's loss, not of the batch's mean.
+            batch_size: As above.
+            masks: As above.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
-class OutputFactor:
-    """The output factor of one layer in one batch.
+class BatchStatistics:
+    """What one batch tells of some layers.
 
     Args:
-        gamma: The factor.
-        uses: The layer's uses that it comes from, and that the input factor has to come from.
+        moments: By record key, moments of the inputs and then of the backward passes. Layers
+            that no backward pass has reached are missing.
+        sound: Whether all inputs are finite, a boolean scalar. A NaN can stop at a rectifier,
+            so that layers above it look sound: where one layer's input is broken, the batch is.
     """
 
-    gamma: tf.Tensor
-    uses: Sequence[Use]
+    moments: Mapping[int, tuple[tf.Tensor, ...]]
+    sound: tf.Tensor
 
 
-def batch_omegas(
-    uses: Mapping[int, Sequence[Use]], sample: ExampleSample, partitions: Mapping[int, FactorLayout]
-) -> dict[int, tf.Tensor]:
-    """Input factors of one batch.
-
-    Args:
-        uses: For each record key that is wanted, the layer's uses.
-        sample: The examples to use.
-        partitions: For each of these keys, the layout of the factors.
-
-    Returns:
-        `{key: omega}`.
-    """
-
-    def omega(partition: FactorLayout, uses: Sequence[Use]) -> tf.Tensor:
-        inputs, size = sample.take([use.dense_inputs() for use in uses])
-        return partition.omega(inputs, size, _masks(uses, sample))
-
-    return {key: omega(partitions[key], own) for key, own in uses.items()}
-
-
-def batch_gammas(
+def measure(
     capture: Capture,
     outputs: OutputDerivatives,
     sample: ExampleSample,
-    partitions: Mapping[int, FactorLayout],
-) -> dict[int, OutputFactor]:
-    """Output factors of one batch, from one or more backward passes.
+    layouts: Mapping[int, Moments],
+) -> BatchStatistics:
+    """Statistics of one batch, from one or more second backward passes.
 
     Uses that the outputs do not depend on are left out, such as those of a forward pass for
     something else, unless a layer has no others.
@@ -134,70 +154,85 @@ def batch_gammas(
         capture: The captured forward pass.
         outputs: What to start the backward passes from.
         sample: The examples to use.
-        partitions: For each record key that is wanted, the layout of the factors.
-
-    Returns:
-        `{key: factor}`.
+        layouts: For each record key that is wanted, what to measure.
     """
-    keys = [key for key in capture.records if key in partitions]
+    keys = [key for key in capture.records if key in layouts]
     uses: dict[int, Sequence[Use]] = {}
 
     def one_pass(index):
         derivatives = capture.differentiate(outputs.sources, outputs.derivatives(index))
-        gammas = []
+        moments = []
         for key in keys:
             pairs = list(zip(capture.records[key].uses, derivatives[key], strict=True))
             reached = [(use, d) for use, d in pairs if d is not None]
             reached = reached or [(use, tf.zeros_like(use.pre_activation)) for use, _ in pairs]
             uses[key] = [use for use, _ in reached]
-            gammas.append(_gamma(partitions[key], [d for _, d in reached], uses[key], sample))
-        return gammas
+            moments.append(_of_pass(layouts[key], uses[key], [d for _, d in reached], sample))
+        return moments
 
-    gammas = one_pass(0)
+    moments = one_pass(0)
     if not isinstance(outputs.count, int):
-        _, gammas = tf.while_loop(
+        _, moments = tf.while_loop(
             lambda index, _: index < outputs.count,
             lambda index, totals: (
                 index + 1,
-                [total + part for total, part in zip(totals, one_pass(index), strict=True)],
+                tf.nest.map_structure(tf.add, totals, one_pass(index)),
             ),
-            (tf.constant(1), gammas),
+            (tf.constant(1), moments),
             # Passes share the forward tensors: running them side by side only adds memory.
             parallel_iterations=1,
         )
-    return {key: OutputFactor(gamma, uses[key]) for key, gamma in zip(keys, gammas, strict=True)}
+    return _joined(dict(zip(keys, moments, strict=True)), uses, sample, layouts)
 
 
-def ordinary_gammas(
+def measure_ordinary(
     capture: Capture,
     scale: tf.Tensor,
     sample: ExampleSample,
-    partitions: Mapping[int, FactorLayout],
-) -> dict[int, OutputFactor]:
-    """Output factors from the ordinary backward pass (empirical Fisher).
+    layouts: Mapping[int, Moments],
+) -> BatchStatistics:
+    """Statistics of one batch, from the ordinary backward pass (empirical Fisher).
+
+    Only the uses that the backward pass reached count.
 
     Args:
         capture: A captured pass whose loss has been differentiated already.
         scale: What makes one example's derivative of the mean's: the batch
             size, over the loss scale where there is one.
         sample: The examples to use.
-        partitions: For each record key that is wanted, the layout of the factors.
-
-    Returns:
-        `{key: factor}`, for layers that the backward pass reached, from the uses that it
-        reached.
+        layouts: For each record key that is wanted, what to measure.
     """
-    factors = {}
+    moments: dict[int, tuple[tf.Tensor, ...]] = {}
+    uses: dict[int, Sequence[Use]] = {}
     for key, record in capture.records.items():
-        uses = record.differentiated_uses()
-        if key in partitions and uses:
-            gamma = _gamma(partitions[key], [use.derivative for use in uses], uses, sample)
-            factors[key] = OutputFactor(tf.cast(scale, gamma.dtype) ** 2 * gamma, uses)
-    return factors
+        reached = record.differentiated_uses()
+        if key in layouts and reached:
+            uses[key] = reached
+            derivatives = [use.derivative for use in reached]
+            of_pass = _of_pass(layouts[key], reached, derivatives, sample)
+            moments[key] = tuple(tf.cast(scale, part.dtype) ** 2 * part for part in of_pass)
+    return _joined(moments, uses, sample, layouts)
 
 
-def _gamma(partition, derivatives, uses, sample):
-    return partition.gamma(sample.take(derivatives)[0], _masks(uses, sample))
+def _joined(moments, uses, sample, layouts):
+    """Statistics of all layers: moments of the inputs, then those of the backward passes."""
+
+    def of_inputs(key):
+        inputs, size = sample.take([use.dense_inputs() for use in uses[key]])
+        return layouts[key].from_inputs(inputs, size, _masks(uses[key], sample))
+
+    inputs = [use.dense_inputs() for own in uses.values() for use in own]
+    return BatchStatistics(
+        {key: (*of_inputs(key), *of_passes) for key, of_passes in moments.items()},
+        all_finite(inputs) if inputs else tf.constant(True),
+    )
+
+
+def _of_pass(layout, uses, derivatives, sample):
+    inputs = [use.dense_inputs() for use in uses] if layout.needs_inputs else []
+    taken, size = sample.take([*inputs, *derivatives])
+    inputs, derivatives = taken[: len(inputs)], taken[len(inputs) :]
+    return layout.from_pass(inputs, derivatives, size, _masks(uses, sample))
 
 
 def _masks(uses: Sequence[Use], sample: ExampleSample) -> list[tf.Tensor | None]:

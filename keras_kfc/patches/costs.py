@@ -9,7 +9,7 @@ On other hardware the same forms are exact, if not always the fastest.
 import functools
 from collections.abc import Iterator
 
-from keras_kfc.linalg.inverse import products_are_exact
+from keras_kfc._compat.tensorflow_internals import products_are_exact
 from keras_kfc.patches.geometry import Axis, row_plan
 from keras_kfc.patches.row_views import View, spectral_period, spectral_views, window_views
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_kfc.linalg.inverse import compiled_by_xla
+from keras_kfc._compat.tensorflow_internals import compiled_by_xla
+from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.patches.autocorrelation import second_moment
 from keras_kfc.patches.costs import cheapest_views, numbers_held
 from keras_kfc.patches.geometry import Axis, axis_of
@@ -160,11 +161,6 @@ def extract_patches(
     rows = tf.reshape(rows, (-1, taps, groups, channels // groups))
     rows = tf.transpose(rows, (2, 0, 1, 3))
     return tf.reshape(rows, (groups, -1, taps * channels // groups))
-
-
-def at_least_float32(tensor: tf.Tensor) -> tf.Tensor:
-    """Casts to float32, except float64, which keeps its precision."""
-    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
 def gram(rows: tf.Tensor) -> tf.Tensor:

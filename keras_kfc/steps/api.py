@@ -39,3 +39,14 @@ class StepRule(Protocol):
 
     def longest(self, query: StepQuery) -> tf.Tensor:
         """The largest rates that the rule allows, `(variables,)`."""
+
+
+class DampingRule(Protocol):
+    """Says what is added to the curvature before it is inverted."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether it is in units of the mean eigenvalue of each block, or absolute."""
+
+    def damping(self) -> tf.Tensor:
+        """`λ` of now, a float32 scalar, at least 0; changes nothing."""

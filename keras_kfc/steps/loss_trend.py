@@ -164,3 +164,14 @@ class Progress:
         fall = (self._past - self._recent) / _ORDINARY_FALL
         by_fall = tf.maximum(fall, _PART_OF_SPREAD * self._start() * self._spread)
         return tf.where(self.lowest_known > 0, tf.abs(self.excess) * self.pace(), by_fall)
+
+    def noise_share(self, slope: tf.Tensor) -> tf.Tensor:
+        """Share of noise in the gradient, in [0, 1], where the lowest loss is known.
+
+        A quadratic loss without noise has `g · F⁻¹ g = 2 (L - L₀)`.
+
+        Args:
+            slope: `g · F⁻¹ g` of the gradient as it was before clipping, a scalar.
+        """
+        without = tf.math.divide_no_nan(2 * self.excess.value, tf.maximum(slope, 0.0))
+        return 1 - tf.minimum(1.0, without)

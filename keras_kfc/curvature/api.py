@@ -1,0 +1,181 @@
+"""What a curvature is to the optimizer, and what a structure of its blocks has to define.
+
+The curvature is an approximation of the Fisher matrix of a network, with a block for each covered
+layer. A *structure* says what a block keeps (its *factors*: averages over batches, and what is
+computed of them now and then), and how it is damped and inverted. A structure is a file in this
+folder with a class that `@structure("name")` registers.
+
+Shapes: a layer's weights with bias are one matrix `(G, n, m)` as in `keras_kfc.maps.api`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_kfc.maps.api import LinearMap
+from keras_kfc.passes.statistics import BatchStatistics, Moments
+
+
+class BlockLayout(Moments, Protocol):
+    """One layer's block before it has variables: what it will keep, and what it measures."""
+
+    @property
+    def linear_map(self) -> LinearMap:
+        """The layer's weights as a linear map."""
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether the block has a row for the bias."""
+
+    @property
+    def factor_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the averages over batches, by name, in the order of a batch's moments."""
+
+    @property
+    def inverse_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what is computed of each factor when inverses are due, in their order."""
+
+    def compromises(self, max_dim: int | None) -> list[str]:
+        """What a limit on the size of factors did to this block, a line for each factor."""
+
+
+class CurvatureBlock(Protocol):
+    """The Fisher block of one layer, with its variables.
+
+    `keras_kfc.curvature.averaging.AveragedBlock` has all of this but `multiply` and `spectra`.
+    """
+
+    path: str
+    layout: BlockLayout
+    # Indices among the trainable variables.
+    kernel: int
+    bias: int | None
+    weight: keras.Variable
+    inverted: keras.Variable
+
+    @property
+    def state(self) -> Mapping[str, keras.Variable]:
+        """All variables of the block, by what they are for."""
+
+    def update(
+        self, moments: Sequence[tf.Tensor], examples: tf.Tensor, decay: tf.Tensor, sound: tf.Tensor
+    ) -> tf.Tensor:
+        """Moves the averages towards the moments of a batch; returns whether it was refused."""
+
+    def has_data(self) -> tf.Tensor:
+        """Whether the factors hold anything on any replica, a boolean scalar."""
+
+    def average_over_replicas(self) -> None:
+        """Gives all replicas the same factors; in cross-replica context."""
+
+    def multiply(self, weights: tf.Tensor) -> tf.Tensor:
+        """The damped inverse times a matrix of the layer's weights, `(G, n, m)`."""
+
+    def matrices(self, name: str) -> list[np.ndarray]:
+        """The diagonal blocks of a factor or an inverse; none where it is no matrix."""
+
+    def spectra(self, name: str) -> list[np.ndarray]:
+        """Eigenvalues of a factor or an inverse.
+
+        Args:
+            name: A name of `factor_shapes` or of `inverse_shapes`.
+
+        Returns:
+            One array for each diagonal block of the factor, not sorted.
+        """
+
+
+class Refresh(Protocol):
+    """New inverses for all blocks of one structure, about to be computed."""
+
+    @property
+    def trace(self) -> tf.Tensor:
+        """Trace of all these blocks, a scalar."""
+
+    @property
+    def size(self) -> float:
+        """Number of their rows, which is that of the parameters."""
+
+    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+        """Computes and stores the inverses.
+
+        Args:
+            damping: Scalar, at least 0: `λ`, absolute if `network_mean` is None, else
+                in units of the mean eigenvalue of each block.
+            network_mean: Mean eigenvalue of the whole curvature, a scalar, for blocks without
+                one of their own; or None.
+
+        Returns:
+            For each block whether its new inverses were refused as not finite.
+        """
+
+
+class Structure(Protocol):
+    """A kind of curvature block."""
+
+    def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> BlockLayout:
+        """The layout of a layer's block.
+
+        Args:
+            linear_map: The layer's weights as a linear map.
+            use_bias: Whether the bias is in the block.
+            max_dim: Rows that no matrix of the block may have more than, or None.
+        """
+
+    def block(
+        self,
+        path: str,
+        layout: BlockLayout,
+        kernel: int,
+        bias: int | None,
+        dtype: str,
+        add_variable: Callable[..., keras.Variable],
+    ) -> CurvatureBlock:
+        """Makes a block with its variables."""
+
+    def refresh(self, blocks: Sequence[Any]) -> Refresh:
+        """Prepares new inverses for all blocks of this structure, at least one."""
+
+
+class Curvature(Protocol):
+    """What the optimizer holds: an approximate Fisher matrix of the whole network."""
+
+    @property
+    def blocks(self) -> Sequence[CurvatureBlock]:
+        """The blocks, in the order of their kernels."""
+
+    @property
+    def covered(self) -> set[int]:
+        """Indices of the variables that belong to a block."""
+
+    def update(
+        self, statistics: BatchStatistics, examples: tf.Tensor, decay: tf.Tensor
+    ) -> tf.Tensor:
+        """Moves all factors towards those of a batch; returns how many blocks refused."""
+
+    def refresh(self, damping: tf.Tensor, relative: bool) -> tf.Tensor:
+        """Inverts all factors anew; returns how many blocks kept their old inverses."""
+
+    def natural_gradient(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
+        """`F⁻¹ g`, for every covered variable with a gradient, by index."""
+
+
+STRUCTURES: dict[str, Structure] = {}
+Kind = TypeVar("Kind", bound=Callable[[], Any])
+
+
+def structure(name: str) -> Callable[[Kind], Kind]:
+    """Registers a class as a structure.
+
+    Args:
+        name: What `KFC(structure=...)` calls it.
+    """
+
+    def register(kind: Kind) -> Kind:
+        STRUCTURES[name] = kind()
+        return kind
+
+    return register

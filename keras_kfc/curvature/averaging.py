@@ -1,0 +1,132 @@
+"""Blocks that keep averages over batches, and inverses of them: what all structures share."""
+
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_kfc.curvature.api import BlockLayout
+from keras_kfc.linalg.precision import all_finite
+from keras_kfc.placement.current import current_placement
+
+
+class AveragedBlock:
+    """The variables of one layer's block.
+
+    Args:
+        path: Path of the layer, for names and messages.
+        layout: What the block keeps.
+        kernel: Index of the kernel among the optimizer's trainable variables.
+        bias: Index of the bias, or None.
+        dtype: Dtype of factors and inverses.
+        add_variable: The optimizer's `add_variable`.
+
+    Attributes:
+        weight: Number of examples in the moving averages, each with the weight that is left of
+            it, a scalar; 0 before the first update.
+        inverted: 1 once the inverses hold numbers, 0 before.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        layout: BlockLayout,
+        kernel: int,
+        bias: int | None,
+        dtype: str,
+        add_variable: Callable[..., keras.Variable],
+    ):
+        self.path = path
+        self.layout = layout
+        self.kernel = kernel
+        self.bias = bias
+        self.dtype = dtype
+
+        def add(name: str, shape: tuple[int, ...]) -> keras.Variable:
+            full_name = f"{path.replace('/', '_')}_{name}"
+            return add_variable(shape=shape, dtype=dtype, name=full_name)
+
+        self._factors = {name: add(name, shape) for name, shape in layout.factor_shapes.items()}
+        self._inverses = {name: add(name, shape) for name, shape in layout.inverse_shapes.items()}
+        self.weight = add("weight", ())
+        self.inverted = add("inverted", ())
+
+    @property
+    def state(self) -> dict[str, keras.Variable]:
+        """All variables of the block, by what they are for."""
+        scalars = {"weight": self.weight, "inverted": self.inverted}
+        return {**self._factors, **self._inverses, **scalars}
+
+    def update(
+        self, moments: Sequence[tf.Tensor], examples: tf.Tensor, decay: tf.Tensor, sound: tf.Tensor
+    ) -> tf.Tensor:
+        """Moves the averages towards the moments of one batch.
+
+        Every example counts alike, whatever batch it came in. The first batch counts in full,
+        so that the average is usable from the start. Moments that hold a NaN or an
+        infinity are left out.
+
+        Args:
+            moments: A tensor for each factor.
+            examples: Number of examples that they are means over, a scalar.
+            decay: What is left of the weight of former batches, a scalar in [0, 1].
+            sound: Whether the batch may be used at all, a boolean scalar.
+
+        Returns:
+            Whether the batch was left out, a boolean scalar.
+        """
+        usable = sound & all_finite(list(moments))
+        examples = tf.cast(examples, self.weight.dtype)
+        weight = tf.cast(decay, self.weight.dtype) * self.weight + examples
+        rate = tf.math.divide_no_nan(examples, weight)
+        # Selecting between numbers costs less than a branch of the graph for each block.
+        for average, batch in zip(self._factors.values(), moments, strict=True):
+            change = rate * (tf.cast(batch, average.dtype) - average)
+            average.assign_add(tf.where(usable, change, 0.0))
+        self.weight.assign(tf.where(usable, weight, self.weight))
+        return ~usable
+
+    def matrices(self, name: str) -> list[np.ndarray]:
+        """The diagonal blocks of a factor or an inverse; none, unless a structure has matrices."""
+        del name
+        return []
+
+    def has_data(self) -> tf.Tensor:
+        """Whether the factors hold anything on any replica, a boolean scalar."""
+        return any_of([weight > 0 for weight in current_placement().copies(self.weight)])
+
+    def average_over_replicas(self) -> None:
+        """Gives all replicas the average of their factors; in cross-replica context.
+
+        Each replica counts with its weight: one that has left out batches has seen less.
+        """
+        placement = current_placement()
+        if placement.count == 1:
+            return
+        weights = [tf.convert_to_tensor(weight) for weight in placement.copies(self.weight)]
+        for factor in self._factors.values():
+            placement.average(factor, weights)
+        self.weight.value.assign(tf.reduce_max(weights))
+
+    def store_inverses(self, inverses: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Takes over new inverses, or keeps the last good ones.
+
+        Args:
+            inverses: A tensor for each inverse, in their order.
+
+        Returns:
+            Whether the inverses were refused because they hold a NaN or an
+            infinity though the block has seen data, a boolean scalar.
+        """
+        has_data = self.weight > 0
+        usable = all_finite(list(inverses)) & has_data
+        for variable, new in zip(self._inverses.values(), inverses, strict=True):
+            variable.assign(tf.where(usable, new, variable))
+        self.inverted.assign(tf.where(usable, tf.ones((), self.inverted.dtype), self.inverted))
+        return has_data & ~usable
+
+
+def any_of(conditions: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Whether any of some boolean scalars is true, a boolean scalar."""
+    return conditions[0] if len(conditions) == 1 else tf.reduce_any(tf.stack(conditions))

@@ -1,0 +1,164 @@
+"""How much is added to the diagonals of two Kronecker factors (factored Tikhonov damping).
+
+A *block* is a pair of factors (omega, gamma) that stands for `omega ⊗ gamma`, with a pair for each
+of its groups. Source: Martens & Grosse (2015), section 6.3.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+
+class BlockShape(NamedTuple):
+    """Sizes of a block, whatever parts its factors are cut into and filled up to.
+
+    Args:
+        groups: G.
+        rows: Rows of the weights with bias of each group, n.
+        columns: Its columns, m.
+    """
+
+    groups: int
+    rows: int
+    columns: int
+
+
+def traces(factor: tf.Tensor, groups: int) -> tf.Tensor:
+    """Trace of the factor of each group, `(G * P, n, n)` to `(G,)`."""
+    parts = tf.linalg.trace(factor)
+    if factor.shape[0] == groups:
+        return parts
+    return tf.reduce_sum(tf.reshape(parts, (groups, -1)), axis=1)
+
+
+def block_damping(
+    omega_mean: tf.Tensor,
+    gamma_mean: tf.Tensor,
+    damping: tf.Tensor,
+    network_mean: tf.Tensor | None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Splits damping between the two factors of blocks (factored Tikhonov).
+
+    With `λ` added to the eigenvalues of `omega ⊗ gamma`, the factors get
+    `π √λ` and `√λ / π`, where `π² = (tr omega / n) / (tr gamma / m)`:
+    Martens & Grosse (2015), section 6.3.
+
+    Args:
+        omega_mean: Mean eigenvalue of the omega of each block, `tr omega / n`, an entry for
+            each group of a block with groups.
+        gamma_mean: That of its gamma, `tr gamma / m`, likewise.
+        damping: Scalar, at least 0. The paper's absolute `λ`, if
+            `network_mean` is None; otherwise a multiple of the block's own
+            mean eigenvalue `(tr omega / n)(tr gamma / m)`, so that scaling
+            either factor scales its damping with it.
+        network_mean: Mean eigenvalue of the whole network's Fisher matrix, a
+            scalar. It stands in for a block whose own mean eigenvalue is zero
+            (a dead layer) when damping is relative.
+
+    Returns:
+        `(omega_shift, gamma_shift)`, likewise: what to add to the diagonals. Where a trace is
+        zero and damping is absolute, `π = 1`.
+    """
+    root = tf.sqrt(tf.cast(damping, omega_mean.dtype))
+    omega_alive, gamma_alive = omega_mean > 0, gamma_mean > 0
+    if network_mean is None:
+        alive = omega_alive & gamma_alive
+        ratio = tf.where(alive, omega_mean, 1.0) / tf.where(alive, gamma_mean, 1.0)
+        pi = tf.sqrt(ratio)
+        return pi * root, root / pi
+    network_mean = tf.cast(network_mean, omega_mean.dtype)
+    instead = tf.where(gamma_alive, tf.math.divide_no_nan(network_mean, gamma_mean), 1.0)
+    omega_mean = tf.where(omega_alive, omega_mean, instead)
+    gamma_mean = tf.where(gamma_alive, gamma_mean, network_mean / omega_mean)
+    return root * omega_mean, root * gamma_mean
+
+
+class BlockTraces(NamedTuple):
+    """Traces of the factors of some blocks, an entry for each group of each block.
+
+    Args:
+        omega: `(Σ G,)`.
+        gamma: Likewise.
+        shapes: Sizes of each block.
+    """
+
+    omega: tf.Tensor
+    gamma: tf.Tensor
+    shapes: tuple[BlockShape, ...]
+
+    @property
+    def total(self) -> tf.Tensor:
+        """Trace of the block-diagonal Fisher matrix that they make, a scalar."""
+        return tf.tensordot(self.omega, self.gamma, 1)
+
+    @property
+    def size(self) -> float:
+        """Number of its rows."""
+        return float(self.per_group("rows") @ self.per_group("columns"))
+
+    def per_group(self, field: str) -> np.ndarray:
+        """Rows or columns of each group of each block, `(Σ G,)`."""
+        sizes = [getattr(shape, field) for shape in self.shapes]
+        return np.repeat(sizes, [shape.groups for shape in self.shapes])
+
+
+def block_traces(
+    omegas: Sequence[tf.Tensor], gammas: Sequence[tf.Tensor], shapes: Sequence[BlockShape]
+) -> BlockTraces:
+    """Traces of all factors.
+
+    Args:
+        omegas: Input factors, each `(G * P, n, n)`.
+        gammas: Output factors, each `(G * Q, m, m)`.
+        shapes: Sizes of each block.
+    """
+    # All blocks at once. Numbers of float64 blocks keep their precision.
+    dtype = max((factor.dtype for factor in omegas), key=lambda dtype: dtype.size)
+
+    def traces_of(factors: Sequence[tf.Tensor]) -> tf.Tensor:
+        parts = zip(factors, shapes, strict=True)
+        return concat([tf.cast(traces(factor, shape.groups), dtype) for factor, shape in parts])
+
+    return BlockTraces(traces_of(omegas), traces_of(gammas), tuple(shapes))
+
+
+def shifts_of(
+    omegas: Sequence[tf.Tensor],
+    gammas: Sequence[tf.Tensor],
+    block_traces: BlockTraces,
+    damping: tf.Tensor,
+    network_mean: tf.Tensor | None,
+) -> list[tf.Tensor]:
+    """What to add to the diagonals of all omegas, then of all gammas, a list of `(G * P,)`.
+
+    Parts of a factor that was cut into diagonal blocks get the same.
+
+    Args:
+        omegas: Input factors.
+        gammas: Output factors.
+        block_traces: Their traces.
+        damping: As in `block_damping`.
+        network_mean: Likewise.
+    """
+    numpy_dtype = block_traces.omega.dtype.as_numpy_dtype
+    shifts = block_damping(
+        block_traces.omega / block_traces.per_group("rows").astype(numpy_dtype),
+        block_traces.gamma / block_traces.per_group("columns").astype(numpy_dtype),
+        damping,
+        network_mean,
+    )
+    groups = [shape.groups for shape in block_traces.shapes]
+    all_shifts = []
+    for factors, shift in zip((omegas, gammas), shifts, strict=True):
+        for factor, part in zip(factors, tf.split(shift, groups), strict=True):
+            repeats = factor.shape[0] // part.shape[0]
+            part = tf.repeat(part, repeats) if repeats > 1 else part
+            all_shifts.append(tf.cast(part, factor.dtype))
+    return all_shifts
+
+
+def concat(tensors: list[Any]) -> tf.Tensor:
+    """Joins tensors along the first axis."""
+    return tf.concat(tensors, axis=0) if len(tensors) > 1 else tensors[0]

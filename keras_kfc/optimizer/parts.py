@@ -1,0 +1,70 @@
+"""What the optimizer is made of once it knows the variables."""
+
+import dataclasses
+import weakref
+from collections.abc import Set
+from typing import Any
+
+from keras_kfc.curvature.block_diagonal import BlockDiagonal
+from keras_kfc.optimizer.measuring import Measuring
+from keras_kfc.optimizer.update import Update
+from keras_kfc.steps.choice import chosen_rule
+from keras_kfc.steps.damping import GivenDamping
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The parts that `KFC.build` makes.
+
+    Args:
+        curvature: The approximate Fisher matrix.
+        momentums: For each trainable variable its momentum, or the average of its gradients
+            where there is no block.
+        second_moments: Likewise the average of their squares, None where there is a block.
+        measuring: Takes in forward passes.
+        update: Takes steps.
+    """
+
+    curvature: BlockDiagonal
+    momentums: tuple[Any, ...]
+    second_moments: tuple[Any, ...]
+    measuring: Measuring
+    update: Update
+
+
+def parts_of(optimizer: Any, variables: list[Any], left_out: Set[int]) -> Parts:
+    """Makes the parts with their variables, whose order is that of stored state.
+
+    Args:
+        optimizer: The `keras_kfc.KFC`.
+        variables: The trainable variables.
+        left_out: Indices of kernels that get no block.
+    """
+    curvature = BlockDiagonal(
+        variables, optimizer.add_variable, optimizer.structure, optimizer.max_factor_dim, left_out
+    )
+    for block in curvature.blocks:
+        variables[block.kernel].kronecker_owner = weakref.ref(optimizer)
+    progress, polyak_steps = optimizer.progress, optimizer.polyak_steps
+    polyak_steps.build(optimizer.add_variable, len(variables))
+    momentums = tuple(optimizer.add_optimizer_variables(variables, "momentum"))
+    second_moments = tuple(
+        None
+        if index in curvature.covered
+        else optimizer.add_variable_from_reference(variable, name="second_moment")
+        for index, variable in enumerate(variables)
+    )
+    damping = GivenDamping(lambda: optimizer.damping, optimizer.scale_free)
+    rule = chosen_rule(
+        None if optimizer.polyak is None else polyak_steps,
+        optimizer.kl_clip,
+        optimizer.scale_free,
+        progress,
+    )
+    return Parts(
+        curvature,
+        momentums,
+        second_moments,
+        Measuring(optimizer, curvature, damping, progress, optimizer.notices),
+        Update(optimizer, curvature, rule, progress, momentums, second_moments),
+    )
