@@ -10,8 +10,12 @@ import pytest
 import tensorflow as tf
 
 from keras_kfc._compat import keras_internals, tensorflow_internals
+from keras_kfc._compat.layer_hooks import TellsWhenBuilt, kernel_of
+from keras_kfc._compat.whole_step import WholeStepOptimizer
 
 MOVED = "Keras moved {}: see keras_kfc/_compat/keras_internals.py"
+MOVED_STEP = "Keras moved {}: see keras_kfc/_compat/whole_step.py"
+MOVED_LAYER = "Keras moved {}: see keras_kfc/_compat/layer_hooks.py"
 MOVED_TF = "TensorFlow moved {}: see keras_kfc/_compat/tensorflow_internals.py"
 
 
@@ -188,3 +192,87 @@ def test_variables_are_made_while_a_function_is_traced():
 
     assert float(step()) == 4.0
     assert len(traces) == 1, MOVED_TF.format("default_variable_creator_v2")
+
+
+class Recording(WholeStepOptimizer):
+    """Notes what its steps are given, and moves nothing."""
+
+    def __init__(self, **options):
+        super().__init__(learning_rate=0.5, name="recording", **options)
+        self.steps = []
+
+    def take_step(self, gradients, variables, learning_rate):
+        self.steps.append((list(gradients), list(variables), float(learning_rate)))
+
+
+def recorded(**options):
+    """An optimizer after one step with gradients of norm 5 and 0.1, and its variables."""
+    variables = [keras.Variable([3.0, 4.0], name="a"), keras.Variable([[1.0]], name="b")]
+    optimizer = Recording(**options)
+    optimizer.build(variables)
+    gradients = [tf.constant([3.0, 4.0]), tf.constant([[0.1]])]
+    optimizer.apply(gradients, variables)
+    return optimizer, variables, gradients
+
+
+def test_a_step_gets_all_gradients_at_once_as_they_are():
+    optimizer, variables, gradients = recorded(clipnorm=1.0, weight_decay=0.1)
+    assert len(optimizer.steps) == 1, MOVED_STEP.format("_backend_update_step")
+    given, theirs, rate = optimizer.steps[0]
+    assert rate == 0.5 and [v.shape for v in theirs] == [(2,), (1, 1)]
+    np.testing.assert_array_equal(given[0], gradients[0], MOVED_STEP.format("_clip_gradients"))
+    # Nobody has decayed them, either.
+    decayed = MOVED_STEP.format("_apply_weight_decay")
+    np.testing.assert_array_equal(variables[0], [3.0, 4.0], decayed)
+    np.testing.assert_allclose(optimizer.clipped(given)[0], [0.6, 0.8], rtol=1e-6)
+    plain, _, gradients = recorded()
+    assert plain.clipped(gradients) is gradients, MOVED_STEP.format("what is clipped")
+
+
+def test_an_optimizer_knows_its_variables_and_batches():
+    optimizer, variables, _ = recorded(gradient_accumulation_steps=2, weight_decay=0.1)
+    assert [v.name for v in optimizer.trained_variables] == ["a", "b"], MOVED_STEP.format(
+        "_trainable_variables"
+    )
+    assert Recording().trained_variables == []
+    assert [optimizer.index_of(v) for v in variables] == [0, 1], MOVED_STEP.format(
+        "_get_variable_index"
+    )
+    assert int(optimizer.batches) == 1 and int(optimizer.iterations) == 0, MOVED_STEP.format(
+        "_iterations"
+    )
+    excluding = Recording(weight_decay=0.1)
+    excluding.exclude_from_weight_decay(var_names=["b"])
+    excluding.build(variables)
+    assert [excluding.may_decay(v) for v in variables] == [True, False], MOVED_STEP.format(
+        "_use_weight_decay"
+    )
+
+
+def test_an_optimizer_forgets_a_variable_and_knows_its_strategy():
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    with strategy.scope():
+        optimizer = Recording()
+    own = optimizer.add_variable((), name="own")
+    count = len(optimizer.variables)
+    optimizer.forget_variable(own)
+    assert len(optimizer.variables) == count - 1, MOVED_STEP.format("_untrack_variable")
+    with optimizer.in_strategy():
+        assert tf.distribute.get_strategy() is strategy, MOVED_STEP.format("_distribution_strategy")
+
+
+def test_a_layer_tells_when_it_is_built_and_which_is_its_kernel():
+    class Tells(TellsWhenBuilt, keras.layers.Dense):
+        def when_built(self):
+            self.told = kernel_of(self)
+
+    layer = Tells(2)
+    layer(np.ones((1, 3)))
+    assert getattr(layer, "told", None) is layer.kernel, MOVED_LAYER.format("_post_build")
+    # One that gets its class before it is built.
+    late = keras.layers.Dense(2)
+    late.__class__ = Tells
+    late(np.ones((1, 3)))
+    assert late.told is late.kernel, MOVED_LAYER.format("_post_build")
+    late.enable_lora(1)
+    assert kernel_of(late) is late.told, MOVED_LAYER.format("_kernel")

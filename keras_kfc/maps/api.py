@@ -96,7 +96,7 @@ def input_factor(
         `(G * parts, n, n)`, float32 (float64 for float64 inputs).
     """
     masks = masks or [None] * len(inputs)
-    inputs = [_masked(tensor, mask) for tensor, mask in zip(inputs, masks, strict=True)]
+    inputs = [masked(tensor, mask) for tensor, mask in zip(inputs, masks, strict=True)]
     moments = [linear_map.input_moments(tensor, parts) for tensor in inputs]
     second_moment = tf.add_n([moment for moment, _ in moments])
     examples = tf.cast(batch_size, second_moment.dtype)
@@ -145,7 +145,7 @@ def output_factor(
     """
     masks = masks or [None] * len(derivatives)
     rows = [
-        linear_map.derivative_rows(_masked(tensor, mask))
+        linear_map.derivative_rows(masked(tensor, mask))
         for tensor, mask in zip(derivatives, masks, strict=True)
     ]
     total = tf.add_n([gram(split_columns(tensor, parts)) for tensor in rows])
@@ -158,7 +158,7 @@ def output_factor(
     return total / (count if masks.count(None) == len(masks) else tf.maximum(count, 1))
 
 
-def _masked(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+def masked(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     """A tensor with zeros at the positions that do not count."""
     if mask is None:
         return tensor

@@ -1,0 +1,256 @@
+"""What every structure of the curvature must do, whatever it keeps.
+
+Two facts hold for any damped inverse of a Fisher block: for damping beyond all
+eigenvalues it is one over the damping, and relative damping makes it inversely
+proportional to the curvature. The trace of a block is that of the explicit Fisher matrix
+where a single example with a single position makes it.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from nets import flat_weights
+
+import keras_kfc
+from conftest import relative_error
+from keras_kfc.curvature.api import STRUCTURES, BlockLayout, CurvatureBlock
+from keras_kfc.maps.conv import Conv2DMap
+from keras_kfc.maps.dense import DenseMap
+
+# A line for each structure: a network that it trains, as the options of the optimizer.
+STRUCTURE_OPTIONS = {
+    "kronecker": {},
+}
+MAPS = {
+    "dense": (DenseMap(4, 3), (6, 4), (6, 3)),
+    "dense, positions": (DenseMap(4, 3), (6, 5, 4), (6, 5, 3)),
+    "conv": (Conv2DMap((2, 2), 3, 4), (6, 4, 5, 3), (6, 3, 4, 4)),
+    "groups": (Conv2DMap((2, 2), 4, 6, groups=2), (6, 4, 5, 4), (6, 3, 4, 6)),
+}
+CASES = [
+    (name, case, bias) for name in STRUCTURE_OPTIONS for case in MAPS for bias in (True, False)
+]
+every = pytest.mark.parametrize(("name", "case", "use_bias"), CASES)
+
+
+def add_variable(shape, dtype, name):
+    return keras.Variable(np.zeros(shape), dtype=dtype, name=name)
+
+
+class Example:
+    """A block with the moments of a random batch."""
+
+    def __init__(self, name, case, use_bias, max_dim=None):
+        self.linear_map, in_shape, out_shape = MAPS[case]
+        rng = np.random.default_rng(0)
+        self.inputs = tf.constant(rng.normal(size=in_shape))
+        self.derivatives = tf.constant(rng.normal(size=out_shape))
+        self.structure = STRUCTURES[name]
+        self.layout = self.structure.layout(self.linear_map, use_bias, max_dim)
+        self.block = self.structure.block(
+            "layer", self.layout, 0, 1 if use_bias else None, "float64", add_variable
+        )
+        rows = self.linear_map.kernel_rows + use_bias
+        columns = self.linear_map.outputs // self.linear_map.groups
+        self.shape = (self.linear_map.groups, rows, columns)
+        self.rng = rng
+
+    def moments(self, scale=1.0):
+        """Of the batch, with derivatives times `scale`."""
+        inputs, derivatives, size = [self.inputs], [scale * self.derivatives], tf.constant(6)
+        needed = inputs if self.layout.needs_inputs else []
+        return (
+            *self.layout.from_inputs(inputs, size, [None]),
+            *self.layout.from_pass(needed, derivatives, size, [None]),
+        )
+
+    def update(self, moments, examples=6.0, decay=0.5, sound=True):
+        return bool(
+            self.block.update(
+                moments, tf.constant(examples), tf.constant(decay), tf.constant(sound)
+            )
+        )
+
+    def factors(self):
+        return [self.block.state[name].numpy() for name in self.layout.factor_shapes]
+
+    def refresh(self, damping, relative):
+        refresh = self.structure.refresh([self.block])
+        mean = refresh.trace / refresh.size if relative else None
+        (refused,) = refresh.run(tf.constant(damping, tf.float64), mean)
+        assert refresh.size == np.prod(self.shape)
+        return bool(refused)
+
+    def times(self, weights):
+        return self.block.multiply(tf.constant(weights)).numpy()
+
+
+def test_every_structure_is_here():
+    assert set(STRUCTURE_OPTIONS) == set(STRUCTURES)
+
+
+@every
+def test_it_keeps_what_its_layout_says(name, case, use_bias):
+    example = Example(name, case, use_bias)
+    shapes = {**example.layout.factor_shapes, **example.layout.inverse_shapes}
+    assert len(example.layout.factor_shapes) == len(example.layout.inverse_shapes)
+    shapes |= {"weight": (), "inverted": ()}
+    assert {role: tuple(v.shape) for role, v in example.block.state.items()} == shapes
+    for moment, shape in zip(example.moments(), example.layout.factor_shapes.values(), strict=True):
+        assert tuple(moment.shape) == shape
+    for protocol, thing in ((BlockLayout, example.layout), (CurvatureBlock, example.block)):
+        members = set(dir(protocol)) | set(protocol.__annotations__)
+        for member in members:
+            assert member.startswith("_") or hasattr(thing, member), member
+
+
+@every
+def test_batches_count_by_their_examples(name, case, use_bias):
+    example = Example(name, case, use_bias)
+    first, second = example.moments(), example.moments(3.0)
+    assert not example.update(first, examples=6.0)
+    for factor, moment in zip(example.factors(), first, strict=True):
+        np.testing.assert_allclose(factor, moment)
+    assert not example.update(second, examples=2.0, decay=0.5)
+    for factor, one, other in zip(example.factors(), first, second, strict=True):
+        np.testing.assert_allclose(factor, (3 * one + 2 * other) / 5)
+    assert float(example.block.weight) == 5.0
+    # Quadratic in the derivatives, one factor of them: a use of their signs would show.
+    changed = [relative_error(a, b) for a, b in zip(first, second, strict=True)]
+    assert max(changed) == pytest.approx(8 / 9, rel=1e-6)
+
+
+@every
+def test_broken_batches_leave_no_trace(name, case, use_bias):
+    example = Example(name, case, use_bias)
+    example.update(example.moments())
+    before = example.factors()
+    assert example.update(example.moments(np.nan))
+    assert example.update(example.moments(2.0), sound=False)
+    for factor, old in zip(example.factors(), before, strict=True):
+        np.testing.assert_array_equal(factor, old)
+    assert float(example.block.weight) == 6.0
+
+
+@every
+def test_the_inverse_is_symmetric_and_positive(name, case, use_bias):
+    example = Example(name, case, use_bias)
+    example.update(example.moments())
+    assert not example.refresh(0.1, True)
+    u, v = example.rng.normal(size=(2, *example.shape))
+    one, other = np.sum(u * example.times(v)), np.sum(v * example.times(u))
+    assert one == pytest.approx(other, rel=1e-9)
+    assert np.sum(u * example.times(u)) > 0 and np.sum(v * example.times(v)) > 0
+    assert float(example.block.inverted) == 1.0
+
+
+@every
+def test_much_damping_leaves_nothing_else(name, case, use_bias):
+    example = Example(name, case, use_bias)
+    example.update(example.moments())
+    weights = example.rng.normal(size=example.shape)
+    example.refresh(1e12, False)
+    assert relative_error(1e12 * example.times(weights), weights) < 1e-4
+    # Negative control: with little, curvature shows.
+    example.refresh(1e-2, False)
+    assert relative_error(1e-2 * example.times(weights), weights) > 0.1
+
+
+@every
+def test_relative_damping_is_free_of_scale(name, case, use_bias):
+    steps = []
+    for scale in (1.0, 7.0):
+        example = Example(name, case, use_bias)
+        example.update(example.moments(scale))
+        example.refresh(0.3, True)
+        steps.append(scale**2 * example.times(np.ones(example.shape)))
+    np.testing.assert_allclose(steps[0], steps[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", STRUCTURE_OPTIONS)
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_the_trace_of_one_example_is_that_of_its_gradient(name, use_bias):
+    example = Example(name, "dense", use_bias)
+    a, ds = example.inputs[:1], example.derivatives[:1]
+    needed = [a] if example.layout.needs_inputs else []
+    moments = (
+        *example.layout.from_inputs([a], tf.constant(1), [None]),
+        *example.layout.from_pass(needed, [ds], tf.constant(1), [None]),
+    )
+    example.update(moments)
+    gradient = np.append(a[0], 1.0)[: 4 + use_bias, None] * ds.numpy()
+    trace = example.structure.refresh([example.block]).trace
+    assert float(trace) == pytest.approx(np.sum(gradient**2), rel=1e-12)
+
+
+@every
+def test_spectra_are_those_of_the_inverse(name, case, use_bias):
+    example = Example(name, case, use_bias)
+    example.update(example.moments())
+    example.refresh(0.1, True)
+    layout = example.layout
+    for factor, inverse in zip(layout.factor_shapes, layout.inverse_shapes, strict=True):
+        values, inverses = (
+            np.sort(np.concatenate(example.block.spectra(n))) for n in (factor, inverse)
+        )
+        assert len(values) == len(inverses) and (inverses > 0).all()
+        assert values[0] > -1e-9 and 1 / inverses[0] > values[-1]
+        for matrix in example.block.matrices(factor):
+            np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
+
+
+@every
+def test_nothing_to_invert_is_refused_or_left(name, case, use_bias):
+    """Without data nothing is inverted; a zero block without damping has no inverse."""
+    example = Example(name, case, use_bias)
+    assert not example.refresh(0.1, True)
+    assert float(example.block.inverted) == 0.0
+    example.update(example.moments(0.0))
+    assert example.refresh(0.0, False)
+    assert float(example.block.inverted) == 0.0
+
+
+def net(name):
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.Input((8, 8, 1)),
+        keras.layers.Conv2D(4, 3, activation="relu"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(3),
+    ]
+    model = keras_kfc.instrument(keras.Sequential(layers))
+    optimizer = keras_kfc.KFC(structure=name, seed=1, **STRUCTURE_OPTIONS[name])
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(96, 8, 8, 1)).astype("float32")
+    return x, np.digitize(x[:, :4].mean((1, 2, 3)), [-0.1, 0.1])
+
+
+@pytest.mark.parametrize("name", STRUCTURE_OPTIONS)
+def test_it_trains_and_resumes(name, tmp_path):
+    x, y = data()
+    model = net(name)
+    losses = model.fit(x, y, epochs=6, batch_size=32, shuffle=False, verbose=0).history["loss"]
+    assert losses[-1] < 0.6 * losses[0]
+    model.save(tmp_path / "model.keras")
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    for one in (model, resumed):
+        one.fit(x, y, epochs=8, initial_epoch=6, batch_size=32, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(flat_weights(resumed), flat_weights(model))
+
+
+def test_state_of_another_structure_is_refused():
+    names = list(STRUCTURE_OPTIONS)
+    store = {}
+    for number, name in enumerate(names):
+        model = net(name)
+        model.optimizer.build(model.trainable_variables)
+        model.optimizer.save_own_variables(store) if number == 0 else None
+        if number:
+            with pytest.warns(UserWarning, match="Skipping"):
+                model.optimizer.load_own_variables(store)
