@@ -20,6 +20,7 @@ from keras_kfc.maps.dense import DenseMap
 
 # A line for each structure: a network that it trains, as the options of the optimizer.
 STRUCTURE_OPTIONS = {
+    "diagonal": {},
     "kronecker": {},
 }
 MAPS = {
