@@ -15,7 +15,7 @@ import keras_kfc
 from conftest import explicit_ggn, relative_error
 from keras_kfc.losses.derivatives import output_derivatives
 from keras_kfc.losses.families import family_of
-from keras_kfc.losses.likelihood import distribution_of
+from keras_kfc.losses.likelihood import Likelihood
 from keras_kfc.losses.terms import LossTerm
 
 
@@ -222,7 +222,7 @@ def test_classes_on_another_axis(from_logits):
     for axis, outputs in ((-1, last), (1, last.transpose(0, 2, 1))):
         loss = keras.losses.CategoricalCrossentropy(from_logits=from_logits, axis=axis)
         term = LossTerm(loss, tf.zeros(outputs.shape), tf.constant(outputs))
-        derivatives[axis] = distribution_of(term).sample(seed)[0].numpy()
+        derivatives[axis] = family_of(term).part.sample(seed)[0].numpy()
     np.testing.assert_allclose(derivatives[1], derivatives[-1].transpose(0, 2, 1), rtol=1e-6)
 
 
@@ -232,8 +232,9 @@ def test_a_subclass_of_a_known_loss_is_not_taken_for_it():
             return 10 * super().call(y_true, y_pred)
 
     outputs = tf.ones((2, 3))
-    assert distribution_of(LossTerm(Tenfold(), outputs, outputs)) is None
-    assert distribution_of(LossTerm(keras.losses.MeanSquaredError(), outputs, outputs))
+    assert not isinstance(family_of(LossTerm(Tenfold(), outputs, outputs)).part, Likelihood)
+    known = family_of(LossTerm(keras.losses.MeanSquaredError(), outputs, outputs))
+    assert isinstance(known.part, Likelihood)
     (tenfold, plain) = (
         family_of(LossTerm(loss, 0 * outputs, outputs)).part.column(tf.constant(0))[0]
         for loss in (Tenfold(), keras.losses.MeanSquaredError())

@@ -15,13 +15,19 @@ takes its place. n is the number of outputs that Keras averages over.
   the second derivative is negative where p is far too large.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import of_the_same_rank
+from keras_kfc.linalg.precision import at_least_float32
+from keras_kfc.losses.api import Family, LossKind, Options, register
+from keras_kfc.losses.elements import ElementwiseView
+from keras_kfc.losses.likelihood import x_log_x
+from keras_kfc.losses.output_hessian import OutputHessian, closed_form_root, diagonal_root
+from keras_kfc.losses.second_derivatives import unaligned
 from keras_kfc.losses.terms import LossTerm
 
 Curvature = Callable[..., tf.Tensor]
@@ -64,18 +70,8 @@ def _log_cosh(y_true, y_pred):
     return _mean(tf.where(small, one, tf.tanh(error) / error))
 
 
-# The function of Keras, its curvature, and whether that can do without targets.
-CLOSED_FORMS: tuple[tuple[Any, Curvature, bool], ...] = (
-    (keras.losses.poisson, _poisson, True),
-    (keras.losses.kl_divergence, _divergence, True),
-    (keras.losses.mean_squared_logarithmic_error, _squared_logarithm, True),
-    (keras.losses.huber, _huber, False),
-    (keras.losses.log_cosh, _log_cosh, False),
-)
-
-
 def closed_form(
-    term: LossTerm, curvature: Curvature, options: dict[str, Any], dtype: tf.DType
+    term: LossTerm, curvature: Curvature, options: Options, dtype: tf.DType
 ) -> tf.Tensor | None:
     """The diagonal of the output Hessian by one of the functions above.
 
@@ -93,3 +89,44 @@ def closed_form(
     if list(y_true.shape) != list(y_pred.shape):
         return None
     return tf.reshape(curvature(y_true, y_pred, **options), tf.shape(outputs))
+
+
+def _by(curvature: Curvature) -> Callable[[LossTerm, Options], Family]:
+    def family(term: LossTerm, options: Options) -> Family:
+        if term.y_true is None:
+            term = dataclasses.replace(term, y_true=term.y_pred)
+        view = ElementwiseView(term, None, False)
+        if not view.aligned:
+            return unaligned(term)
+        diagonal = closed_form(term, curvature, options, at_least_float32(term.y_pred).dtype)
+        root = diagonal_root(view) if diagonal is None else closed_form_root(view, diagonal)
+        return Family(OutputHessian(view, root))
+
+    return family
+
+
+def _lowest_divergence(targets: tf.Tensor, options: Options) -> tf.Tensor:
+    """Of targets of any size, by predictions of any size."""
+    del options
+    return x_log_x(tf.reduce_sum(targets, -1))
+
+
+def _lowest_poisson(targets: tf.Tensor, options: Options) -> tf.Tensor:
+    del options
+    return tf.reduce_mean(targets - x_log_x(targets), -1)
+
+
+register(
+    keras.losses.poisson,
+    LossKind(_by(_poisson), lowest=_lowest_poisson, needs_targets=False),
+)
+register(
+    keras.losses.kl_divergence,
+    LossKind(_by(_divergence), lowest=_lowest_divergence, needs_targets=False),
+)
+register(
+    keras.losses.mean_squared_logarithmic_error,
+    LossKind(_by(_squared_logarithm), needs_targets=False),
+)
+register(keras.losses.huber, LossKind(_by(_huber)))
+register(keras.losses.log_cosh, LossKind(_by(_log_cosh)))

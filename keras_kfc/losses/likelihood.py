@@ -1,4 +1,4 @@
-"""Output derivatives that make up the Fisher matrix, from a compiled Keras loss.
+"""Losses that are the negative logarithm of a likelihood: targets can be drawn from the outputs.
 
 The Fisher matrix is defined as the generalised Gauss-Newton matrix (GGN) of
 the Keras loss as compiled, `L = Σ_e c_e ℓ_e` in the notation of
@@ -16,20 +16,20 @@ the negative log-likelihood of the drawn target. Source: Martens & Grosse
 Tensors: B examples, P positions, D output channels or classes.
 """
 
-import keras
+import abc
+
 import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import logits_of, mask_of
 from keras_kfc.linalg.precision import at_least_float32
-from keras_kfc.losses.terms import LossTerm, known_function, root_coefficients
+from keras_kfc.losses.terms import LossTerm, root_coefficients
 
 
-class OutputDistribution:
+class Likelihood(abc.ABC):
     """The predictive distribution that belongs to one loss term.
 
     Args:
-        term: The loss term; its loss is one that `distribution_of` knows.
-        family: `"categorical"`, `"bernoulli"` or `"gaussian"`.
+        term: The loss term.
         axis: Axis of classes, or of the channels the loss averages over.
         from_logits: Whether `y_pred` holds logits.
         ignore_class: Class whose elements do not count, or None.
@@ -38,30 +38,69 @@ class OutputDistribution:
         sources: Tensors to start the backward pass from (one tensor).
     """
 
+    # Whether the loss is a mean over the channel axis.
+    averages = True
+    # Whether the loss uses the logits that Keras's activations attach to outputs.
+    uses_logits = True
+
     def __init__(
         self,
         term: LossTerm,
-        family: str,
-        axis: int,
-        from_logits: bool,
+        axis: int = -1,
+        from_logits: bool = False,
         ignore_class: int | None = None,
     ):
         outputs = term.y_pred
-        # Keras's activations attach the logits, and its losses then use them:
-        # no division by small probabilities.
-        logits = None if family == "gaussian" else logits_of(outputs)
+        # No division by small probabilities.
+        logits = logits_of(outputs) if self.uses_logits else None
         if logits is not None:
             outputs, from_logits = logits, True
         self.sources = [outputs]
-        self._family = family
-        self._from_logits = from_logits
+        self.from_logits = from_logits
         rank = outputs.shape.rank
         self._axis = axis % rank
         self._rank = rank
-        self._shape = tf.shape(outputs)
         # Everything below is computed with the channel axis last.
-        self._outputs = self._move_axis(at_least_float32(outputs), forward=True)
-        self._scale = self._element_scale(term, ignore_class)
+        self.outputs = self._move_axis(at_least_float32(outputs), forward=True)
+        self._scale = self._element_scale(term, ignore_class, tf.shape(outputs)[0])
+
+    @abc.abstractmethod
+    def draw(self, seed: tf.Tensor) -> tf.Tensor:
+        """`R z` of each element for one draw of targets, of the shape of `outputs`.
+
+        Args:
+            seed: Two integers, as for `tf.random.stateless_uniform`.
+        """
+
+    @abc.abstractmethod
+    def root_column(self, chosen: tf.Tensor) -> tf.Tensor:
+        """A column of R of each element, of the shape of `outputs`.
+
+        Args:
+            chosen: 1 at the position and channel of the column, `(1, ..., D)`; zeros elsewhere.
+        """
+
+    def sample(self, seed: tf.Tensor) -> list[tf.Tensor]:
+        """Derivatives for one draw of targets from the prediction.
+
+        Args:
+            seed: Two integers.
+
+        Returns:
+            A tensor for each of `sources`, of its shape and dtype.
+        """
+        return self._finish(self.draw(seed))
+
+    def count_columns(self) -> tf.Tensor:
+        """Number of columns of R for one example, P * D."""
+        return tf.reduce_prod(tf.shape(self.outputs)[1:])
+
+    def column(self, index: tf.Tensor) -> list[tf.Tensor]:
+        """Derivatives for column `index` of R, as `sample` returns them."""
+        shape = tf.shape(self.outputs)
+        chosen = tf.one_hot(index, tf.reduce_prod(shape[1:]), dtype=self.outputs.dtype)
+        chosen = tf.reshape(chosen, tf.concat(([1], shape[1:]), axis=0))
+        return self._finish(self.root_column(chosen))
 
     def _move_axis(self, tensor: tf.Tensor, forward: bool) -> tf.Tensor:
         if self._axis == self._rank - 1:
@@ -71,7 +110,9 @@ class OutputDistribution:
             order = [order.index(i) for i in range(self._rank)]
         return tf.transpose(tensor, order)
 
-    def _element_scale(self, term, ignore_class):
+    def _element_scale(
+        self, term: LossTerm, ignore_class: int | None, examples: tf.Tensor
+    ) -> tf.Tensor:
         """`sqrt(B c_e)` with a last axis of size 1, D included where Keras averages over it."""
         mask = mask_of(term.y_pred)
         if ignore_class is not None:
@@ -80,101 +121,28 @@ class OutputDistribution:
                     "A loss with `ignore_class` needs targets to know which positions count. "
                     f"Received: ignore_class={ignore_class}, y=None"
                 )
-            labels = tf.reshape(term.y_true, tf.shape(self._outputs)[:-1])
+            labels = tf.reshape(term.y_true, tf.shape(self.outputs)[:-1])
             valid = labels != tf.cast(ignore_class, labels.dtype)
             mask = valid if mask is None else mask & valid
-        roots = root_coefficients(term, self._loss_values(term), mask, self._shape[0])
-        if roots.shape.rank < self._outputs.shape.rank - 1:
+        roots = root_coefficients(term, self._loss_values(term), mask, examples)
+        if roots.shape.rank < self.outputs.shape.rank - 1:
             # Keras squeezed a channel axis of size 1 away and averaged over the
             # axis before it: spread the coefficient over that axis.
-            size = tf.sqrt(tf.cast(tf.shape(self._outputs)[-2], roots.dtype))
-            roots = tf.repeat(roots[..., None] / size, tf.shape(self._outputs)[-2], axis=-1)
+            size = tf.sqrt(tf.cast(tf.shape(self.outputs)[-2], roots.dtype))
+            roots = tf.repeat(roots[..., None] / size, tf.shape(self.outputs)[-2], axis=-1)
         roots = roots[..., None]
-        if self._family != "categorical":
-            roots /= tf.sqrt(tf.cast(tf.shape(self._outputs)[-1], roots.dtype))
-        return tf.cast(roots, self._outputs.dtype)
+        if self.averages:
+            roots /= tf.sqrt(tf.cast(tf.shape(self.outputs)[-1], roots.dtype))
+        return tf.cast(roots, self.outputs.dtype)
 
-    def _loss_values(self, term):
+    def _loss_values(self, term: LossTerm) -> tf.Tensor:
         """A tensor of the shape of the values that the loss function returns."""
-        outputs = self._outputs
-        if self._family != "categorical" and term.y_true is not None:
+        outputs = self.outputs
+        if self.averages and term.y_true is not None:
             rank = len(term.y_true.shape)
             if rank == outputs.shape.rank - 1 and outputs.shape[-1] == 1 and rank > 1:
                 return outputs[..., 0, 0]
         return outputs[..., 0]
-
-    def sample(self, seed: tf.Tensor) -> list[tf.Tensor]:
-        """Derivatives for one draw of targets from the prediction.
-
-        Args:
-            seed: Two integers, as for `tf.random.stateless_uniform`.
-
-        Returns:
-            A tensor for each of `sources`, of its shape and dtype.
-        """
-        if self._family == "gaussian":
-            noise = tf.random.stateless_normal(
-                tf.shape(self._outputs), seed, dtype=self._outputs.dtype, alg="philox"
-            )
-            return self._finish(2.0**0.5 * noise)
-        probabilities = self._probabilities()
-        if self._family == "bernoulli":
-            uniform = _uniform(tf.shape(probabilities), seed, probabilities.dtype)
-            return self._finish(self._bernoulli_derivative(uniform < probabilities))
-        total = tf.cumsum(probabilities, axis=-1)
-        uniform = _uniform(tf.shape(probabilities)[:-1], seed, probabilities.dtype)
-        draws = tf.reduce_sum(tf.cast(total <= uniform[..., None] * total[..., -1:], tf.int32), -1)
-        classes = tf.shape(probabilities)[-1]
-        target = tf.one_hot(tf.minimum(draws, classes - 1), classes, dtype=probabilities.dtype)
-        return self._finish(self._categorical_derivative(probabilities, target))
-
-    def count_columns(self) -> tf.Tensor:
-        """Number of columns of R for one example, P * D."""
-        return tf.reduce_prod(tf.shape(self._outputs)[1:])
-
-    def column(self, index: tf.Tensor) -> list[tf.Tensor]:
-        """Derivatives for column `index` of R, as `sample` returns them."""
-        shape = tf.shape(self._outputs)
-        chosen = tf.one_hot(index, tf.reduce_prod(shape[1:]), dtype=self._outputs.dtype)
-        chosen = tf.reshape(chosen, tf.concat(([1], shape[1:]), axis=0))
-        if self._family == "gaussian":
-            return self._finish(2.0**0.5 * chosen * tf.ones_like(self._outputs))
-        probabilities = self._probabilities()
-        if self._family == "bernoulli":
-            # The variance of the drawn target, p (1 - p), on the diagonal.
-            if self._from_logits:
-                return self._finish(chosen * tf.sqrt(probabilities * (1 - probabilities)))
-            deviation = tf.sqrt(probabilities * (1 - probabilities))
-            return self._finish(chosen * tf.math.divide_no_nan(1.0, deviation))
-        here = tf.reduce_sum(chosen, axis=-1, keepdims=True)
-        probability = tf.reduce_sum(chosen * probabilities, axis=-1, keepdims=True)
-        derivative = self._categorical_derivative(probabilities, chosen) * here
-        return self._finish(tf.sqrt(probability) * derivative)
-
-    def _probabilities(self) -> tf.Tensor:
-        if self._family == "bernoulli":
-            return tf.sigmoid(self._outputs) if self._from_logits else self._outputs
-        if self._from_logits:
-            return tf.nn.softmax(self._outputs)
-        # Keras normalises what it is given.
-        total = tf.reduce_sum(self._outputs, axis=-1, keepdims=True)
-        return tf.math.divide_no_nan(self._outputs, total)
-
-    def _bernoulli_derivative(self, positive: tf.Tensor) -> tf.Tensor:
-        probabilities = self._probabilities()
-        if self._from_logits:
-            return probabilities - tf.cast(positive, probabilities.dtype)
-        return tf.where(
-            positive,
-            -tf.math.divide_no_nan(1.0, probabilities),
-            tf.math.divide_no_nan(1.0, 1.0 - probabilities),
-        )
-
-    def _categorical_derivative(self, probabilities: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
-        if self._from_logits:
-            return probabilities - target
-        total = tf.reduce_sum(self._outputs, axis=-1, keepdims=True)
-        return tf.math.divide_no_nan(1.0, total) - tf.math.divide_no_nan(target, self._outputs)
 
     def _finish(self, derivative: tf.Tensor) -> list[tf.Tensor]:
         scaled = self._move_axis(derivative * self._scale, forward=False)
@@ -182,30 +150,11 @@ class OutputDistribution:
         return [tf.cast(scaled, source.dtype)]
 
 
-def distribution_of(term: LossTerm) -> OutputDistribution | None:
-    """The predictive distribution behind a Keras loss.
-
-    Args:
-        term: The loss term.
-
-    Returns:
-        An `OutputDistribution`, or None for a loss that is none of those known here.
-    """
-    function, options = known_function(term.loss)
-    axis = options.get("axis", -1)
-    from_logits = bool(options.get("from_logits", False))
-    if function is keras.losses.mean_squared_error:
-        return OutputDistribution(term, "gaussian", -1, True)
-    if function is keras.losses.binary_crossentropy:
-        return OutputDistribution(term, "bernoulli", axis, from_logits)
-    if function is keras.losses.categorical_crossentropy:
-        return OutputDistribution(term, "categorical", axis, from_logits)
-    if function is keras.losses.sparse_categorical_crossentropy:
-        return OutputDistribution(
-            term, "categorical", axis, from_logits, options.get("ignore_class")
-        )
-    return None
-
-
-def _uniform(shape, seed, dtype):
+def uniform(shape: tf.Tensor, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Random numbers in [0, 1) that follow from a seed alone."""
     return tf.random.stateless_uniform(shape, seed, dtype=dtype, alg="philox")
+
+
+def x_log_x(x: tf.Tensor) -> tf.Tensor:
+    """`x log x`, 0 at 0."""
+    return tf.math.xlogy(x, x)

@@ -30,8 +30,7 @@ class Notices:
 
     def tell_notes(self, derivatives: OutputDerivatives) -> None:
         """Logs what is to be known of a loss's Fisher matrix."""
-        told = derivatives.log_notes()
-        self._told_of_fisher = self._told_of_fisher or told
+        self._told_of_fisher = self._told_of_fisher or derivatives.log_notes()
 
     def tell_empirical(self, model: Any) -> None:
         """Says that a train step hides its loss, so that only the empirical matrix is to be had."""
