@@ -2,7 +2,7 @@
 
 The search starts with three neighbours of the series 1, 2, 5, 10, 20, ... and goes on
 beyond the edge that the best of them lies at, until the best has a worse neighbour on either
-side and at least five values were tried. KFC is searched likewise over `polyak`, which sets
+side and at least five values were tried. KFC is searched likewise over `polyak_scaling`, which sets
 the size of its steps; its learning rate is only an upper limit.
 
 Keras's Muon treats matrices as Muon does and all else, so the kernels of convolutions, as
@@ -32,7 +32,7 @@ class Family:
 
 FEWEST = 5
 FAMILIES: Mapping[str, Family] = {
-    "KFC-tuned": Family("KFC(polyak={})", 1.0),
+    "KFC-tuned": Family("KFC(polyak_scaling={})", 1.0),
     "SGD": Family("SGD({}, momentum=0.9, nesterov=True)", 0.02),
     "Adam": Family("Adam({})", 0.002),
     "AdamW": Family("AdamW({})", 0.002),

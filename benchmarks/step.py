@@ -96,7 +96,7 @@ def by_kind(net: str, jit_compile: bool, repeats: int) -> dict[str, Any]:
     """Times of KFC's steps by what is due in them, beside SGD's: where its time goes."""
     sgd, kfc = (Training(net, name, jit_compile) for name in ("SGD", "KFC"))
     optimizer = kfc.model.optimizer
-    factors, inverses = optimizer.factor_update_period, optimizer.inverse_update_period
+    factors, inverses = optimizer.curvature_update_period, optimizer.inverse_update_period
     for training in (sgd, kfc):
         training.run(_past_the_start(optimizer))
     seconds: dict[str, list[float]] = {"SGD": [], "nothing": [], "factors": [], "both": []}
@@ -113,8 +113,8 @@ def by_kind(net: str, jit_compile: bool, repeats: int) -> dict[str, Any]:
 
 def _past_the_start(optimizer):
     """Steps until updates are due no more often than their periods say, a multiple of both."""
-    period = int(np.lcm(optimizer.factor_update_period, optimizer.inverse_update_period))
-    start = 4 * max(optimizer.factor_update_period, optimizer.inverse_update_period)
+    period = int(np.lcm(optimizer.curvature_update_period, optimizer.inverse_update_period))
+    start = 4 * max(optimizer.curvature_update_period, optimizer.inverse_update_period)
     return -(-start // period) * period
 
 
@@ -132,7 +132,7 @@ def measure(net: str, jit_compile: bool, repeats: int, cold: bool) -> dict[str, 
     """One row of the table."""
     trainings = {name: Training(net, name, jit_compile) for name in OPTIMIZERS}
     kfc = trainings["KFC"].model.optimizer
-    period = int(np.lcm(kfc.factor_update_period, kfc.inverse_update_period))
+    period = int(np.lcm(kfc.curvature_update_period, kfc.inverse_update_period))
     for training in trainings.values():
         training.run(_past_the_start(kfc))
     calls = {name: lambda t=training: t.run(period) for name, training in trainings.items()}

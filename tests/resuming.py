@@ -22,7 +22,7 @@ def compiled(layers=keras_kfc.layers, optimizer=None, **kwargs):
 
 
 def default_optimizer(**kwargs):
-    return keras_kfc.KFC(seed=SEED, factor_update_period=3, inverse_update_period=4, **kwargs)
+    return keras_kfc.KFC(seed=SEED, curvature_update_period=3, inverse_update_period=4, **kwargs)
 
 
 def fit(model, epochs, first=0, **kwargs):

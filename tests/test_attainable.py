@@ -10,7 +10,7 @@ from helpers import squared_fisher_norm
 
 import keras_kfc
 from keras_kfc._compat.keras_internals import compile_loss
-from keras_kfc.losses.lowest import attainable_loss
+from keras_kfc.losses.lowest import loss_lower_bound
 from keras_kfc.losses.terms import loss_terms
 
 RNG = np.random.default_rng(0)
@@ -22,7 +22,7 @@ WEIGHTS = RNG.uniform(0.5, 2, size=6).astype("float32")
 def attainable(loss, y_true, y_pred, sample_weight=None):
     """As the optimizer computes it."""
     terms = loss_terms(compile_loss(loss), y_true, y_pred, sample_weight)
-    return float(attainable_loss(terms))
+    return float(loss_lower_bound(terms))
 
 
 def entropy(p):
@@ -121,7 +121,7 @@ def test_a_loss_that_cannot_be_hashed():
         def __call__(self, y_true, y_pred):
             return self.factor * tf.reduce_mean(tf.abs(y_true - y_pred), axis=-1)
 
-    assert attainable_loss(loss_terms(compile_loss(Own(2.0)), PIXELS, PIXELS)) is None
+    assert loss_lower_bound(loss_terms(compile_loss(Own(2.0)), PIXELS, PIXELS)) is None
 
 
 def test_classes_on_another_axis_and_a_mask():
@@ -147,7 +147,7 @@ def test_outputs_add_up_with_their_weights():
     model._compile_loss.build([PIXELS, SOFT], predictions)
     terms = loss_terms(model._compile_loss, [PIXELS, SOFT], predictions)
     expected = 0.5 * binary_entropy(PIXELS).mean() + 3 * entropy(SOFT).mean()
-    np.testing.assert_allclose(float(attainable_loss(terms)), expected, rtol=1e-5)
+    np.testing.assert_allclose(float(loss_lower_bound(terms)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def test_of_a_function_that_a_user_wrote_nothing_is_known():
 
     for loss in (own, Subclass()):
         terms = loss_terms(compile_loss(loss), PIXELS, PIXELS)
-        assert attainable_loss(terms) is None
-    assert attainable_loss(loss_terms(compile_loss("mse"), None, tf.constant(PIXELS))) is None
+        assert loss_lower_bound(terms) is None
+    assert loss_lower_bound(loss_terms(compile_loss("mse"), None, tf.constant(PIXELS))) is None
 
 
 @pytest.mark.parametrize("name", ["poisson", "cosine_similarity", "huber", "kl_divergence"])
@@ -200,7 +200,7 @@ def test_labels_without_the_axis_of_the_outputs():
 
 @pytest.mark.parametrize("soft", [True, False])
 def test_the_trust_region_is_a_part_of_what_is_above_the_lowest_loss(soft):
-    """One step from rest has a quadratic form of `kl_clip` times the divergence."""
+    """One step from rest has a quadratic form of `norm_constraint` times the divergence."""
     rng = np.random.default_rng(2)
     inputs = rng.normal(size=(32, 5)).astype("float32")
     targets = rng.uniform(size=(32, 3)).astype("float32")
@@ -209,7 +209,13 @@ def test_the_trust_region_is_a_part_of_what_is_above_the_lowest_loss(soft):
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3, activation="sigmoid")])
     optimizer = keras_kfc.KFC(
-        10.0, damping=1e-3, polyak=None, kl_clip=1e-5, nesterov=False, weight_decay=None, seed=3
+        10.0,
+        damping=1e-3,
+        polyak_scaling=None,
+        norm_constraint=1e-5,
+        nesterov=False,
+        weight_decay=None,
+        seed=3,
     )
     model.compile(optimizer=optimizer, loss="binary_crossentropy")
     p = model.predict(inputs, verbose=0).astype("float64")

@@ -15,7 +15,7 @@ from keras_kfc._compat.keras_internals import compile_loss
 from keras_kfc.curvature.layout import KroneckerLayout
 from keras_kfc.losses.derivatives import output_derivatives
 from keras_kfc.losses.terms import loss_terms
-from keras_kfc.passes.statistics import ExampleSample, measure
+from keras_kfc.passes.statistics import ExampleSubset, measure
 
 RNG = np.random.default_rng(0)
 EXAMPLES, POSITIONS, CHANNELS = 6, 2, 3
@@ -77,7 +77,7 @@ def draws_of(fisher, count):
     terms = loss_terms(compile_loss("mse"), tf.constant(Y), outputs)
     (key, record), *_ = capture.records.items()
     layouts = {key: KroneckerLayout(record.linear_map, record.has_bias)}
-    sample = ExampleSample(tf.constant(EXAMPLES))
+    sample = ExampleSubset(tf.constant(EXAMPLES))
     return np.stack(
         [
             measure(
@@ -119,7 +119,7 @@ def test_signs_square_away_without_a_batch_normalisation():
         measure(
             capture,
             output_derivatives(terms, "exact", tf.constant([number, 5], tf.int64)),
-            ExampleSample(tf.constant(EXAMPLES)),
+            ExampleSubset(tf.constant(EXAMPLES)),
             layouts,
         )
         .moments[key][1][0]

@@ -64,7 +64,7 @@ def test_norm_of_the_update_is_that_of_the_change_of_the_weights(options):
 
 
 def test_norm_of_the_gradient_is_that_of_the_gradients():
-    model = compiled(KFC(learning_rate=1e-12, fallback_lr_ratio=0.0))
+    model = compiled(KFC(learning_rate=1e-12, adam_lr_ratio=0.0))
     images, labels = nets.image_batch(36)
     norms = []
     for start in (0, 12, 24):
@@ -83,18 +83,18 @@ def test_norm_of_the_gradient_is_that_of_the_gradients():
 def test_trust_scale_is_the_share_of_the_step_that_is_taken():
     """Without momentum, a bounded step is the free step times the trust scale."""
 
-    def first_step(kl_clip):
+    def first_step(norm_constraint):
         optimizer = KFC(
             momentum=0.0,
             fisher="exact",
-            polyak=None,
-            kl_clip=kl_clip,
-            fallback_lr_ratio=0.0,
+            polyak_scaling=None,
+            norm_constraint=norm_constraint,
+            adam_lr_ratio=0.0,
             seed=3,
         )
         model = compiled(optimizer)
         history = fit(model, epochs=1, batch_size=36, callbacks=[CurvatureMonitor("none")]).history
-        return history["update_norm"][0], history["trust_scale"][0]
+        return history["update_norm"][0], history["step_scale"][0]
 
     (free, whole), (bounded, scale) = first_step(None), first_step(1e-5)
     assert whole == 1
@@ -147,7 +147,7 @@ def test_logs_reach_history_progress_bar_csv_and_tensorboard(tmp_path, capsys):
     assert history["learning_rate"] == pytest.approx([0.02, 0.02])
     assert history["skipped_steps"] == [0, 0]
     rows = list(csv.DictReader(io.StringIO((tmp_path / "log.csv").read_text())))
-    for name in ("trust_scale", "gradient_norm", "update_norm", "sequential/conv/omega_condition"):
+    for name in ("step_scale", "gradient_norm", "update_norm", "sequential/conv/omega_condition"):
         assert [float(row[name]) for row in rows] == pytest.approx(history[name])
         assert name in printed
     (events,) = (tmp_path / "board" / "train").glob("events*")
@@ -156,7 +156,7 @@ def test_logs_reach_history_progress_bar_csv_and_tensorboard(tmp_path, capsys):
         for event in tf.compat.v1.train.summary_iterator(str(events))
         for value in event.summary.value
     }
-    assert {"epoch_trust_scale", "epoch_sequential/conv/omega_condition"} <= tags
+    assert {"epoch_step_scale", "epoch_sequential/conv/omega_condition"} <= tags
 
 
 def test_skipped_steps_are_counted_and_do_not_enter_the_means():
@@ -205,14 +205,14 @@ def test_other_optimizers_and_bad_arguments_are_refused(tmp_path):
 def test_without_blocks_no_step_is_shortened():
     model = nets.conv_net(keras.layers)
     model.compile(KFC(), LOSS)
-    assert fit(model, callbacks=[CurvatureMonitor()]).history["trust_scale"] == [1.0, 1.0]
+    assert fit(model, callbacks=[CurvatureMonitor()]).history["step_scale"] == [1.0, 1.0]
 
 
 def test_spectra_of_cut_factors_leave_out_the_rows_that_fill_them_up():
     """Seven outputs and seven inputs in parts of four: the last part has three rows."""
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((7,)), keras_kfc.layers.Dense(7, name="cut")])
-    model.compile(KFC(max_factor_dim=4, fisher="exact", factor_decay=0.0), "mse")
+    model.compile(KFC(max_factor_dim=4, fisher="exact", curvature_ema=0.0), "mse")
     x = np.random.default_rng(0).normal(size=(32, 7)).astype("float32")
     history = model.fit(
         x, x, batch_size=32, verbose=0, callbacks=[CurvatureMonitor("extremes")]

@@ -17,7 +17,9 @@ OMEGA = EXTENDED.T @ EXTENDED / 8
 def built(model=keras.Sequential, **compile_options):
     """A compiled model of one layer, whose omega is that of its last batch."""
     net = model([keras.Input((4,)), keras_kfc.layers.Dense(2)])
-    net.compile(keras_kfc.KFC(factor_update_period=1, factor_decay=0.0), "mse", **compile_options)
+    net.compile(
+        keras_kfc.KFC(curvature_update_period=1, curvature_ema=0.0), "mse", **compile_options
+    )
     return net
 
 
@@ -131,7 +133,7 @@ def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(ru
 
     model = Wrapper()
     model(X)
-    model.compile(keras_kfc.KFC(factor_update_period=1), "mse", run_eagerly=run_eagerly)
+    model.compile(keras_kfc.KFC(curvature_update_period=1), "mse", run_eagerly=run_eagerly)
     before = model.evaluate(X, Y, verbose=0)
     model.fit(X, Y, batch_size=8, epochs=30, verbose=0)
     assert len([r for r in caplog.records if "empirical" in r.getMessage()]) == 1
@@ -144,7 +146,7 @@ def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(ru
     fresh(X)
     fresh.set_weights(model.get_weights())
     fresh.compile(
-        keras_kfc.KFC(factor_update_period=1, factor_decay=0.0, learning_rate=0.0),
+        keras_kfc.KFC(curvature_update_period=1, curvature_ema=0.0, learning_rate=0.0),
         "mse",
         run_eagerly=run_eagerly,
     )
@@ -156,7 +158,7 @@ def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(ru
 def test_the_first_step_of_a_loop_without_capture_moves_along_the_gradient():
     """Nothing could be recorded for an optimizer that is built only now; the next step is KFC's."""
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
-    optimizer = keras_kfc.KFC(0.01, momentum=0.0, polyak=None, weight_decay=None)
+    optimizer = keras_kfc.KFC(0.01, momentum=0.0, polyak_scaling=None, weight_decay=None)
 
     def step():
         before = [v.numpy() for v in model.trainable_variables]
@@ -205,7 +207,7 @@ def test_a_train_step_that_does_not_say_that_it_trains(where, run_eagerly, argum
 
     model = Untold(dense_after_dropout(where))
     model.compile(
-        keras_kfc.KFC(0.0, fisher="exact", factor_update_period=1, factor_decay=0.0),
+        keras_kfc.KFC(0.0, fisher="exact", curvature_update_period=1, curvature_ema=0.0),
         "mse",
         run_eagerly=run_eagerly,
     )
@@ -246,7 +248,7 @@ def test_what_the_loss_does_not_depend_on_does_not_count(run_eagerly):
 def test_a_gradient_for_something_else_does_not_count(eager):
     """The gradient of another loss with regard to the inputs, of the same forward pass."""
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
-    optimizer = keras_kfc.KFC(0.0, factor_update_period=1, factor_decay=0.0)
+    optimizer = keras_kfc.KFC(0.0, curvature_update_period=1, curvature_ema=0.0)
     optimizer.build(model.trainable_variables)
 
     def step(x):

@@ -107,7 +107,7 @@ class TestOptimizer(testing.TestCase):
             KFC(
                 learning_rate=keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5),
                 damping=keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5),
-                polyak=None,
+                polyak_scaling=None,
                 fisher="exact",
                 clipnorm=1.0,
                 use_ema=True,
@@ -117,7 +117,7 @@ class TestOptimizer(testing.TestCase):
     def test_single_step(self):
         """The first step of an Adam: the learning rate against the gradient's sign."""
         variable = self.variable()
-        optimizer = KFC(learning_rate=0.5, fallback_lr_ratio=0.2, weight_decay=None)
+        optimizer = KFC(learning_rate=0.5, adam_lr_ratio=0.2, weight_decay=None)
         optimizer.apply_gradients([(self.ones(), variable)])
         self.assertAllClose(variable, [[0.9, 1.9], [2.9, 3.9]], atol=1e-4)
 
@@ -148,7 +148,7 @@ class TestOptimizer(testing.TestCase):
         Without a block it is a fifth of the argument, as in Keras's AdamW by default.
         """
         decayed, excluded = keras.Variable([[2.0]]), keras.Variable([[2.0]], name="exclude")
-        optimizer = KFC(learning_rate=1.0, weight_decay=0.02, fallback_lr_ratio=1.0)
+        optimizer = KFC(learning_rate=1.0, weight_decay=0.02, adam_lr_ratio=1.0)
         optimizer.exclude_from_weight_decay(var_names=["exclude"])
         optimizer.apply_gradients([(tf.zeros((1, 1)), v) for v in (decayed, excluded)])
         self.assertAllClose(decayed, [[2.0 * (1 - 0.004)]])

@@ -135,7 +135,7 @@ def test_a_model_is_instrumented_and_has_the_factors_of_its_data():
     model = keras.Sequential([keras.Input((9, 4)), keras.layers.Conv1D(3, 2, name="conv")])
     keras_kfc.instrument(model)
     assert keras_kfc.coverage(model).covered == [model.layers[0].path]
-    model.compile(keras_kfc.KFC(fisher="exact", factor_update_period=1), "mse", run_eagerly=True)
+    model.compile(keras_kfc.KFC(fisher="exact", curvature_update_period=1), "mse", run_eagerly=True)
     model.train_on_batch(x, np.zeros((8, 8, 3)))
     (block,) = model.optimizer.blocks
     expected = naive_omega(x[:, :, None], (2, 1), (1, 1), "valid", (1, 1), True)

@@ -22,7 +22,8 @@ for seed in map(int, sys.argv[2:]):
     stack.insert(-1, keras.layers.Dropout(0.3))
     model = keras.Sequential(stack)
     model.compile(
-        keras_kfc.KFC(factor_samples=7, inverse_update_period=3), "sparse_categorical_crossentropy"
+        keras_kfc.KFC(factor_batch_size=7, inverse_update_period=3),
+        "sparse_categorical_crossentropy",
     )
     images, labels = nets.image_batch(40)
     model.fit(images, labels, batch_size=10, epochs=3, verbose=0)

@@ -101,7 +101,7 @@ def test_inverse_is_that_of_the_damped_diagonal(relative):
     )
     damping = 0.3
     optimizer = keras_kfc.KFC(
-        structure="diagonal", damping=damping, scale_free=relative, fisher="exact", seed=0
+        structure="diagonal", damping=damping, relative_damping=relative, fisher="exact", seed=0
     )
     model.compile(optimizer, "mse")
     rng = np.random.default_rng(0)

@@ -68,7 +68,7 @@ def history_of(loss, targets, activation=None, inputs=X, epochs=40, **arguments)
     model.compile(optimizer=optimizer, loss=loss)
     optimizer.build(model.trainable_variables)
     history = model.fit(inputs, targets, batch_size=24, epochs=epochs, verbose=0)
-    assert int(optimizer.skipped_steps) == 0 and int(optimizer.skipped_factor_updates) == 0
+    assert int(optimizer.skipped_steps) == 0 and int(optimizer.rejected_factor_updates) == 0
     return history.history["loss"], optimizer
 
 

@@ -44,7 +44,7 @@ def test_what_trains_with_adam_trains_with_kfc(name, batch):
 def test_a_training_that_diverges_is_counted():
     task = TASKS["raw targets"]
     wild = Trainer(
-        task, 32, 50, lambda: keras_kfc.KFC(0.5, polyak=None, damping=1e-3, seed=1), True
+        task, 32, 50, lambda: keras_kfc.KFC(0.5, polyak_scaling=None, damping=1e-3, seed=1), True
     ).run(1)
     assert wild.diverged
 

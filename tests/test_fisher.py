@@ -114,7 +114,7 @@ def test_undamped_step_solves_linear_least_squares():
     extended = np.append(inputs, np.ones((40, 1)), axis=1)
     solution = np.linalg.lstsq(extended, targets, rcond=None)[0]
     for optimizer, lands in (
-        (keras_kfc.KFC(1.0, damping=0.0, momentum=0.0, polyak=None, fisher="exact"), True),
+        (keras_kfc.KFC(1.0, damping=0.0, momentum=0.0, polyak_scaling=None, fisher="exact"), True),
         (keras.optimizers.SGD(1.0), False),
     ):
         model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3)])
@@ -125,8 +125,8 @@ def test_undamped_step_solves_linear_least_squares():
         assert error < 1e-8 if lands else error > 0.1
 
 
-@pytest.mark.parametrize("scale_free", [True, False])
-def test_direction_solves_the_explicit_damped_kronecker_system(scale_free):
+@pytest.mark.parametrize("relative_damping", [True, False])
+def test_direction_solves_the_explicit_damped_kronecker_system(relative_damping):
     rng = np.random.default_rng(0)
 
     def positive(n):
@@ -135,7 +135,7 @@ def test_direction_solves_the_explicit_damped_kronecker_system(scale_free):
 
     omega, gamma, damping = positive(5), 0.01 * positive(3), 0.3
     means = np.trace(omega) / 5, np.trace(gamma) / 3
-    strength = damping * means[0] * means[1] if scale_free else damping
+    strength = damping * means[0] * means[1] if relative_damping else damping
     pi = np.sqrt(means[0] / means[1])
     damped = np.kron(
         omega + pi * np.sqrt(strength) * np.eye(5), gamma + np.sqrt(strength) / pi * np.eye(3)
@@ -145,7 +145,7 @@ def test_direction_solves_the_explicit_damped_kronecker_system(scale_free):
 
     layer = keras_kfc.layers.Dense(3)
     layer.build((None, 4))
-    optimizer = keras_kfc.KFC(damping=damping, scale_free=scale_free)
+    optimizer = keras_kfc.KFC(damping=damping, relative_damping=relative_damping)
     optimizer.build([layer.kernel, layer.bias])
     (block,) = optimizer.blocks
     block.omega.assign(omega[None])
@@ -327,10 +327,10 @@ def test_undamped_training_is_invariant_to_affine_changes_of_coordinates():
         return keras_kfc.KFC(
             0.2,
             damping=1e-13,
-            polyak=None,
-            kl_clip=1e-3,
+            polyak_scaling=None,
+            norm_constraint=1e-3,
             fisher="exact",
-            factor_update_period=1,
+            curvature_update_period=1,
             inverse_update_period=1,
             # Zero is another place in other coordinates.
             weight_decay=None,

@@ -201,7 +201,7 @@ def test_class_weights_are_sample_weights_and_repetitions():
 
 def test_moving_statistics_are_updated_once_a_step():
     """As many updates as under SGD, on due steps and on others."""
-    still = compiled(KFC(learning_rate=1e-12, fallback_lr_ratio=0.0))
+    still = compiled(KFC(learning_rate=1e-12, adam_lr_ratio=0.0))
     expected = compiled(keras.optimizers.SGD(0.0))
     for model in (still, expected):
         fit(model, epochs=4)

@@ -73,12 +73,12 @@ def optimizers(draw):
         "learning_rate": draw(st.sampled_from([0.0, 0.05, 1.0])),
         "damping": draw(st.sampled_from([0.0, 1e-6, 0.2, 1e4])),
         "momentum": draw(st.sampled_from([0.0, 0.9])),
-        "polyak": draw(st.sampled_from([None, 1.0])),
-        "kl_clip": draw(st.sampled_from([None, 5e-4])),
+        "polyak_scaling": draw(st.sampled_from([None, 1.0])),
+        "norm_constraint": draw(st.sampled_from([None, 5e-4])),
         "fisher": draw(st.sampled_from(["sampled", "empirical", "exact"])),
-        "factor_update_period": draw(st.integers(1, 3)),
+        "curvature_update_period": draw(st.integers(1, 3)),
         "inverse_update_period": draw(st.integers(1, 3)),
-        "factor_samples": draw(st.sampled_from([None, 1, 3])),
+        "factor_batch_size": draw(st.sampled_from([None, 1, 3])),
         "max_factor_dim": draw(st.sampled_from([None, 1, 7])),
     }
 
@@ -156,7 +156,7 @@ def fits(network):
 def test_training_survives_what_sgd_survives(network, arguments, drawn):
     assume(fits(network))
     # Where nothing bounds it, KFC takes the step it is told to.
-    bounded = arguments["kl_clip"] is not None or arguments["polyak"] is not None
+    bounded = arguments["norm_constraint"] is not None or arguments["polyak_scaling"] is not None
     assume(bounded or arguments["learning_rate"] <= 0.05)
     keras.config.set_dtype_policy(network["policy"])
     survived = finite_after(

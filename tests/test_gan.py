@@ -139,7 +139,7 @@ def naive_factors(model, latents, real):
 
 
 def kfc():
-    options = {"factor_update_period": 1, "factor_decay": 0.0, "learning_rate": 0.0}
+    options = {"curvature_update_period": 1, "curvature_ema": 0.0, "learning_rate": 0.0}
     return keras_kfc.KFC(seed=1, **options)
 
 

@@ -104,7 +104,7 @@ def test_nothing_is_traced_again(jit_compile):
     images, labels = image_batch(128)
     model = conv_net()
     model.compile(
-        keras_kfc.KFC(factor_update_period=2, inverse_update_period=3),
+        keras_kfc.KFC(curvature_update_period=2, inverse_update_period=3),
         "sparse_categorical_crossentropy",
         jit_compile=jit_compile,
     )

@@ -117,7 +117,7 @@ def penalised(instrumented=True, **options):
     model = Penalised(instrumented)
     model.build((None, 3))
     keras_kfc.instrument(model)
-    model.compile(keras_kfc.KFC(seed=1, factor_update_period=2), **options)
+    model.compile(keras_kfc.KFC(seed=1, curvature_update_period=2), **options)
     return model
 
 
@@ -230,7 +230,7 @@ def test_a_layer_that_only_a_regularizer_reaches_trains():
 def test_a_layer_outside_of_the_users_capture_steps_along_the_gradient(caplog):
     """The other's factors are updated before: too late to give up blocks in a graph."""
     model = conv_net(batch_norm=False)
-    optimizer = keras_kfc.KFC(0.01, momentum=0.0, polyak=None, weight_decay=None, seed=1)
+    optimizer = keras_kfc.KFC(0.01, momentum=0.0, polyak_scaling=None, weight_decay=None, seed=1)
     optimizer.build(model.trainable_variables)
     images, labels = image_batch()
     loss_fn = keras.losses.SparseCategoricalCrossentropy()

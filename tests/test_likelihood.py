@@ -29,7 +29,7 @@ def block_and_ggn(loss, targets, *, activation=None, units=3, shape=(4,), weight
     model = keras_kfc.instrument(
         keras.Sequential([keras.Input(shape), keras.layers.Dense(units, activation=activation)])
     )
-    optimizer = keras_kfc.KFC(fisher="exact", factor_update_period=1)
+    optimizer = keras_kfc.KFC(fisher="exact", curvature_update_period=1)
     # One step: tracing it would take longer.
     model.compile(optimizer=optimizer, loss=loss, run_eagerly=True, **compiled)
     layer = model.layers[-1]
@@ -192,7 +192,7 @@ def test_several_outputs_add_up_with_their_loss_weights():
         "size": keras_kfc.layers.Dense(2, name="size")(hidden),
     }
     model = keras.Model(inputs, outputs)
-    optimizer = keras_kfc.KFC(fisher="exact", factor_update_period=1)
+    optimizer = keras_kfc.KFC(fisher="exact", curvature_update_period=1)
     weights = {"label": 0.3, "size": 5.0}
     model.compile(
         optimizer=optimizer,

@@ -52,7 +52,7 @@ def trained(model, x, y, masking=True, **options):
     """A model of one Dense layer after two steps that change no weights."""
     layers = [keras.layers.Masking()] if masking else []
     net = model([keras.Input((STEPS, INPUTS)), *layers, keras_kfc.layers.Dense(UNITS)])
-    periods = {"factor_update_period": 1, "factor_decay": 0.0, "seed": 1}
+    periods = {"curvature_update_period": 1, "curvature_ema": 0.0, "seed": 1}
     net.compile(keras_kfc.KFC(0.0, **periods, **options), "mse")
     net.fit(x, y, batch_size=EXAMPLES, epochs=2, shuffle=False, verbose=0)
     return net
@@ -90,7 +90,7 @@ def test_padding_does_not_count_with_a_compiled_loss():
 
 def test_masks_go_with_the_examples_that_are_drawn():
     x, y = data()
-    model = trained(OwnLoss, x, y, factor_samples=2)
+    model = trained(OwnLoss, x, y, factor_batch_size=2)
     (block,) = model.optimizer.blocks
     derivatives = residuals(model, x, y)
     errors = []

@@ -12,7 +12,7 @@ LOSS = "sparse_categorical_crossentropy"
 # Without a rule for the step and the decay, which join all layers, branches train independently.
 SETTINGS = {
     "fisher": "exact",
-    "polyak": None,
+    "polyak_scaling": None,
     "learning_rate": 0.01,
     "weight_decay": None,
     "seed": 3,
@@ -124,7 +124,7 @@ def test_one_layer_in_two_models():
         for i in range(2)
     ]
     for model in models:
-        model.compile(KFC(**SETTINGS, factor_decay=0.0, factor_update_period=1), LOSS)
+        model.compile(KFC(**SETTINGS, curvature_ema=0.0, curvature_update_period=1), LOSS)
 
     def losses():
         return models[0].evaluate(x1, y1, verbose=0) + models[1].evaluate(x2, y2, verbose=0)

@@ -10,13 +10,13 @@ import keras_kfc
 NUMBERS = {
     "damping": (-0.1, float("nan"), float("inf")),
     "momentum": (-0.1, 1.0),
-    "polyak": (-1.0, float("inf")),
-    "kl_clip": (0.0, -1.0),
-    "factor_decay": (-0.1, 1.0),
-    "fallback_lr_ratio": (-0.1,),
-    "factor_update_period": (0, -3),
+    "polyak_scaling": (-1.0, float("inf")),
+    "norm_constraint": (0.0, -1.0),
+    "curvature_ema": (-0.1, 1.0),
+    "adam_lr_ratio": (-0.1,),
+    "curvature_update_period": (0, -3),
     "inverse_update_period": (0,),
-    "factor_samples": (0,),
+    "factor_batch_size": (0,),
     "max_factor_dim": (0, -1),
     "seed": (-1, 2**31),
     "learning_rate": (-1.0, float("nan"), float("inf")),
@@ -40,7 +40,8 @@ def test_values_out_of_range_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize(
-    "name", [*(n for n in NUMBERS if n != "learning_rate"), "nesterov", "scale_free", "use_ema"]
+    "name",
+    [*(n for n in NUMBERS if n != "learning_rate"), "nesterov", "relative_damping", "use_ema"],
 )
 @pytest.mark.parametrize("value", ["high", [1], {}, np.array([1, 2])])
 def test_values_of_another_type_are_refused_by_name(name, value):
@@ -55,7 +56,7 @@ def test_learning_rate_of_another_type_is_refused_by_name(value):
 
 
 def test_periods_must_be_whole():
-    for name in ("factor_update_period", "inverse_update_period"):
+    for name in ("curvature_update_period", "inverse_update_period"):
         with pytest.raises(TypeError, match=f"`{name}` must be a positive integer"):
             keras_kfc.KFC(**{name: 2.5})
 
@@ -81,16 +82,16 @@ SETTINGS = {
     "damping": 0.5,
     "momentum": 0.8,
     "nesterov": False,
-    "polyak": 0.5,
-    "kl_clip": 1e-3,
+    "polyak_scaling": 0.5,
+    "norm_constraint": 1e-3,
     "fisher": "exact",
-    "factor_decay": 0.9,
-    "factor_update_period": 3,
+    "curvature_ema": 0.9,
+    "curvature_update_period": 3,
     "inverse_update_period": 7,
-    "factor_samples": 5,
+    "factor_batch_size": 5,
     "max_factor_dim": 64,
-    "scale_free": False,
-    "fallback_lr_ratio": 0.1,
+    "relative_damping": False,
+    "adam_lr_ratio": 0.1,
     "seed": 5,
     "weight_decay": 1e-3,
     "clipnorm": 1.0,
@@ -114,12 +115,12 @@ def test_config_round_trip():
 def test_schedules_survive_the_config():
     decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
     growth = keras.optimizers.schedules.PolynomialDecay(0.5, 20, 0.1)
-    optimizer = keras_kfc.KFC(learning_rate=decay, damping=growth, polyak=decay)
+    optimizer = keras_kfc.KFC(learning_rate=decay, damping=growth, polyak_scaling=decay)
     restored = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert restored.get_config() == optimizer.get_config()
     restored.iterations.assign(20)
     assert float(restored.damping) == pytest.approx(0.1)
-    assert float(restored.polyak) == pytest.approx(0.025)
+    assert float(restored.polyak_scaling) == pytest.approx(0.025)
     assert float(restored.learning_rate) == pytest.approx(0.025)
 
 
@@ -158,19 +159,19 @@ def test_weights_of_the_optimizer_have_one_order():
 def test_polyak_is_set_during_training_unless_it_is_none():
     optimizer = keras_kfc.KFC()
     optimizer.build(conv_net().trainable_variables)
-    optimizer.polyak = 0.25
-    assert float(optimizer.polyak) == optimizer.get_config()["polyak"] == 0.25
+    optimizer.polyak_scaling = 0.25
+    assert float(optimizer.polyak_scaling) == optimizer.get_config()["polyak_scaling"] == 0.25
     for value in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="`polyak` must be"):
-            optimizer.polyak = value
+        with pytest.raises(ValueError, match="`polyak_scaling` must be"):
+            optimizer.polyak_scaling = value
     with pytest.raises(TypeError, match="or None when the optimizer is created"):
-        optimizer.polyak = None
-    without = keras_kfc.KFC(polyak=None)
-    assert without.polyak is None
-    assert keras_kfc.KFC.from_config(without.get_config()).polyak is None
+        optimizer.polyak_scaling = None
+    without = keras_kfc.KFC(polyak_scaling=None)
+    assert without.polyak_scaling is None
+    assert keras_kfc.KFC.from_config(without.get_config()).polyak_scaling is None
     # Not before the build either: the order of variables would be another.
     with pytest.raises(TypeError, match="if it was created with one"):
-        without.polyak = 1.0
+        without.polyak_scaling = 1.0
 
 
 def test_a_schedule_of_damping_after_the_build_is_refused():

@@ -14,7 +14,7 @@ STEPS = 4
 
 
 def kfc(**kwargs):
-    settings = {"seed": 3, "factor_update_period": 2, "inverse_update_period": 3}
+    settings = {"seed": 3, "curvature_update_period": 2, "inverse_update_period": 3}
     return KFC(**{**settings, **kwargs})
 
 
@@ -96,14 +96,16 @@ CLIPPINGS = {
 
 @pytest.mark.parametrize("name", CLIPPINGS)
 def test_gradients_are_clipped_before_they_are_preconditioned(name, reference):
-    clipped = fitted(kfc(polyak=None, weight_decay=None, **{name: 0.05}))
-    assert_equal_weights(clipped, by_hand(kfc(polyak=None, weight_decay=None), CLIPPINGS[name]))
+    clipped = fitted(kfc(polyak_scaling=None, weight_decay=None, **{name: 0.05}))
+    assert_equal_weights(
+        clipped, by_hand(kfc(polyak_scaling=None, weight_decay=None), CLIPPINGS[name])
+    )
     assert_other_weights(clipped, reference)
 
 
 def test_a_clipped_gradient_makes_a_step_shorter():
     """Polyak's rule by itself would make it longer: a smaller gradient promises less."""
-    options = {"momentum": 0.0, "polyak": 0.01, "fallback_lr_ratio": 0.0, "weight_decay": None}
+    options = {"momentum": 0.0, "polyak_scaling": 0.01, "adam_lr_ratio": 0.0, "weight_decay": None}
     model = net()
     start = model.get_weights()
     x, y = batches()
@@ -141,7 +143,7 @@ def test_weight_decay_is_decoupled_and_leaves_out_biases_and_what_is_excluded():
                 keras_kfc.layers.Dense(3, activation="softmax", name="head"),
             ]
         )
-        optimizer = kfc(weight_decay=decay, polyak=None, fisher="empirical", momentum=0.6)
+        optimizer = kfc(weight_decay=decay, polyak_scaling=None, fisher="empirical", momentum=0.6)
         optimizer.exclude_from_weight_decay(var_names=["head"])
         model.compile(optimizer, own_loss)
         start = model.get_weights()
@@ -235,7 +237,12 @@ def test_factors_see_every_micro_batch_of_an_accumulated_step():
 
 def test_accumulated_micro_batches_are_one_batch():
     """With averages that hardly forget, two halves have the factors of the whole."""
-    settings = {"fisher": "exact", "factor_decay": 0.9999, "polyak": None, "weight_decay": None}
+    settings = {
+        "fisher": "exact",
+        "curvature_ema": 0.9999,
+        "polyak_scaling": None,
+        "weight_decay": None,
+    }
     whole = fitted(kfc(**settings), size=32)
     halves = fitted(kfc(gradient_accumulation_steps=2, **settings), size=16)
     assert_equal_weights(halves, whole, rtol=2e-3, atol=1e-5)
@@ -287,9 +294,9 @@ def test_schedules_follow_the_iterations(reference):
     x, y = batches()
     one_step.fit(x[:32], y[:32], batch_size=16, shuffle=False, verbose=0)
     assert_equal_weights(fitted(stopped), one_step)
-    same = kfc(polyak=constant([2], [1.0, 1.0]))
+    same = kfc(polyak_scaling=constant([2], [1.0, 1.0]))
     assert_equal_weights(fitted(same), reference)
-    stopped = fitted(kfc(polyak=constant([1], [1.0, 0.0]), momentum=0.0))
+    stopped = fitted(kfc(polyak_scaling=constant([1], [1.0, 0.0]), momentum=0.0))
     # The normalisation goes on, by the fallback rule.
     assert_equal_weights(stopped.get_layer("hidden"), one_step.get_layer("hidden"))
     assert_equal_weights(stopped.get_layer("head"), one_step.get_layer("head"))

@@ -112,7 +112,7 @@ def test_files_and_commands_that_the_readme_names_exist():
     for path in re.findall(r"(?:examples|benchmarks|docs|tests)/[\w/]+\.(?:py|md|png)", README):
         if not path.startswith("examples/output/"):
             assert (ROOT / path).is_file(), path
-    for argument in ("damping", "polyak", "factor_update_period", "max_factor_dim"):
+    for argument in ("damping", "polyak_scaling", "curvature_update_period", "max_factor_dim"):
         assert f"`{argument}" in README and argument in keras_kfc.KFC().get_config()
 
 

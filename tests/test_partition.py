@@ -211,7 +211,7 @@ def test_wide_layers_train_in_parts_and_are_told_with_figures(caplog):
     assert history.history["loss"][-1] < 0.7 * history.history["loss"][0]
     shapes = {block.path.split("/")[-1]: block.omega.shape for block in optimizer.blocks}
     assert shapes == {"conv": (2, 28, 28), "dense": (3, 28, 28)}
-    assert int(optimizer.skipped_inverse_updates) == 0
+    assert int(optimizer.rejected_inverse_updates) == 0
     (message,) = [r.getMessage() for r in caplog.records if "max_factor_dim" in r.getMessage()]
     assert "max_factor_dim=30 rows" in message
     assert "sequential/conv: input factor of 55 rows (23.6 KiB, 1.7e+05 products)" in message

@@ -201,7 +201,7 @@ def test_slices_of_the_batch_add_up(monkeypatch, form, jit_compile, batch):
     images = normal(batch, 6, 7, 2)
     monkeypatch.setattr(moment, "_SLICE_BYTES", 2 * 7 * 8 * 18 * 8)
     if form != "im2col":
-        monkeypatch.setattr(moment, "numbers_held", lambda *_: 7 * 8 * 18)
+        monkeypatch.setattr(moment, "working_set_size", lambda *_: 7 * 8 * 18)
     function = tf.function(
         lambda images: patch_second_moment(images, 3, padding="same", form=form),
         input_signature=[tf.TensorSpec((None, 6, 7, 2), tf.float64)],

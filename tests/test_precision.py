@@ -213,7 +213,8 @@ def test_a_loss_scale_that_nobody_can_tell_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "options", [{"scale_free": False}, pytest.param({"polyak": None}, marks=pytest.mark.slow)]
+    "options",
+    [{"relative_damping": False}, pytest.param({"polyak_scaling": None}, marks=pytest.mark.slow)],
 )
 def test_options_that_depend_on_a_loss_scale_that_nobody_can_tell_say_what_to_do(options):
     model = parts_in_float16(2.0, **options)

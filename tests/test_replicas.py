@@ -26,7 +26,7 @@ from keras_kfc import KFC
 rng = np.random.default_rng(0)
 x = rng.normal(size=(48, 6)).astype("float32")
 y = rng.integers(0, 3, size=48)
-PERIODS = {"factor_update_period": 3, "inverse_update_period": 4, "seed": 3}
+PERIODS = {"curvature_update_period": 3, "inverse_update_period": 4, "seed": 3}
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def empirical():
 
 
 def own_loss():
-    return against_one_device(lambda: KFC(**PERIODS, polyak=None), kind=OwnLoss)
+    return against_one_device(lambda: KFC(**PERIODS, polyak_scaling=None), kind=OwnLoss)
 
 
 def resumed():
@@ -128,7 +128,7 @@ def resumed():
 def draws():
     """Replicas with equal examples draw different targets."""
     strategy = two_replicas()
-    settings = {"factor_update_period": 1, "inverse_update_period": 100, "factor_decay": 0.0}
+    settings = {"curvature_update_period": 1, "inverse_update_period": 100, "curvature_ema": 0.0}
     model = compiled(strategy, lambda: KFC(seed=3, **settings))
     half = (x[:8], y[:8])
     # In the tenth step no inverses are due, and the copies stay apart.

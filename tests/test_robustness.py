@@ -13,7 +13,7 @@ from conftest import relative_error
 def compiled(model=None, loss="sparse_categorical_crossentropy", **options):
     """A compiled small net whose factors and inverses are due at every step."""
     model = conv_net(batch_norm=False) if model is None else model
-    periods = {"factor_update_period": 1, "inverse_update_period": 1, "seed": 3}
+    periods = {"curvature_update_period": 1, "inverse_update_period": 1, "seed": 3}
     model.compile(optimizer=keras_kfc.KFC(**{**periods, **options}), loss=loss)
     build_optimizer(model)
     return model
@@ -58,7 +58,7 @@ def test_broken_inputs_leave_no_trace(value, first, traced):
         for old, new in zip(state, state_of(model.optimizer), strict=True):
             np.testing.assert_array_equal(old, new)
         assert int(model.optimizer.skipped_steps) == 1
-        assert int(model.optimizer.skipped_factor_updates) == 2
+        assert int(model.optimizer.rejected_factor_updates) == 2
     for _ in range(3):
         model.train_on_batch(images, labels)
     assert relative_error(flat_weights(model), weights) > 1e-3
@@ -82,7 +82,9 @@ def test_a_skipped_step_decays_no_weights():
     def after_one_step(targets, weight_decay):
         keras.utils.set_random_seed(1)
         model = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])
-        compiled(model, own_loss, weight_decay=weight_decay, fisher="empirical", polyak=None)
+        compiled(
+            model, own_loss, weight_decay=weight_decay, fisher="empirical", polyak_scaling=None
+        )
         before = flat_weights(model)
         model.train_on_batch(np.ones((4, 3)), np.full((4, 2), targets))
         return before, flat_weights(model)
@@ -120,7 +122,7 @@ def test_broken_targets_skip_the_step_but_not_the_factors():
     model.train_on_batch(x, np.full((8, 2), np.nan))
     np.testing.assert_array_equal(flat_weights(model), weights)
     assert int(model.optimizer.skipped_steps) == 1
-    assert int(model.optimizer.skipped_factor_updates) == 0
+    assert int(model.optimizer.rejected_factor_updates) == 0
     model.train_on_batch(x, x[:, :2])
     assert np.isfinite(flat_weights(model)).all()
 
@@ -161,7 +163,7 @@ def test_batches_of_any_size():
 
 
 def test_last_smaller_batch_has_the_factors_of_its_own_size():
-    model = compiled(fisher="exact", factor_decay=0.0, learning_rate=1e-9)
+    model = compiled(fisher="exact", curvature_ema=0.0, learning_rate=1e-9)
     images, labels = image_batch(21)
     model.fit(images, labels, batch_size=16, shuffle=False, verbose=0)
     last = keras_kfc.kronecker_factors(model, images[16:], fisher="exact")

@@ -10,7 +10,7 @@ from conftest import relative_error
 from keras_kfc.curvature.layout import KroneckerLayout
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
-from keras_kfc.passes.statistics import ExampleSample, draw_examples
+from keras_kfc.passes.statistics import ExampleSubset, draw_examples
 
 BATCH = 6
 
@@ -40,12 +40,12 @@ def test_the_mean_over_all_samples_is_the_factor_of_the_batch(rows_per_example, 
     ]
     for geometry, inputs, derivatives in cases:
         partition = KroneckerLayout(geometry, use_bias=True)
-        expected = factors(partition, ExampleSample(BATCH), inputs, derivatives)
+        expected = factors(partition, ExampleSubset(BATCH), inputs, derivatives)
         starts = (np.arange(length) + 0.5) / length
         results = [
             factors(
                 partition,
-                ExampleSample(BATCH, count, tf.constant(start, tf.float32)),
+                ExampleSubset(BATCH, count, tf.constant(start, tf.float32)),
                 inputs,
                 derivatives,
             )
@@ -70,11 +70,11 @@ def test_starts_are_drawn_anew_for_each_step_and_repeat_under_a_seed():
 
 @pytest.mark.slow
 def test_training_with_a_sample_learns_and_a_sample_of_all_changes_nothing():
-    options = {"seed": 1, "fisher": "exact", "factor_update_period": 2}
+    options = {"seed": 1, "fisher": "exact", "curvature_update_period": 2}
     weights = {}
     for samples in (None, 8, 32):
         model = conv_net()
-        optimizer = keras_kfc.KFC(factor_samples=samples, **options)
+        optimizer = keras_kfc.KFC(factor_batch_size=samples, **options)
         weights[samples] = train(model, optimizer, steps=8)
         loss = model.evaluate(*image_batch(), verbose=0)
         assert loss < 0.9
@@ -85,5 +85,5 @@ def test_training_with_a_sample_learns_and_a_sample_of_all_changes_nothing():
 @pytest.mark.slow
 def test_samples_are_drawn_under_xla():
     model = conv_net()
-    train(model, keras_kfc.KFC(factor_samples=8, seed=1), steps=8, jit_compile=True)
+    train(model, keras_kfc.KFC(factor_batch_size=8, seed=1), steps=8, jit_compile=True)
     assert model.evaluate(*image_batch(), verbose=0) < 0.9

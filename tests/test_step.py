@@ -11,8 +11,10 @@ from keras_kfc.optimizer.adam import adam_step, bias_corrections
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize(("kl_clip", "polyak"), [(None, None), (1e-3, None), (None, 0.01)])
-def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
+@pytest.mark.parametrize(
+    ("norm_constraint", "polyak_scaling"), [(None, None), (1e-3, None), (None, 0.01)]
+)
+def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, polyak_scaling):
     keras.config.set_floatx("float64")
     rng = np.random.default_rng(0)
     # So few examples that gradients are mostly noise.
@@ -20,9 +22,9 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3)])
     options = {
         "nesterov": nesterov,
-        "kl_clip": kl_clip,
-        "polyak": polyak,
-        "scale_free": False,
+        "norm_constraint": norm_constraint,
+        "polyak_scaling": polyak_scaling,
+        "relative_damping": False,
     }
     learning_rate, momentum, decay = 0.3, 0.7, 0.4
     optimizer = keras_kfc.KFC(
@@ -41,18 +43,18 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, kl_clip, polyak):
         gradient = 2 * extended.T @ (extended @ weights - y) / y.size
         direction = block.omega_inverse.numpy()[0] @ gradient @ block.gamma_inverse.numpy()[0]
         scale = learning_rate
-        if kl_clip is not None:
+        if norm_constraint is not None:
             quadratic = learning_rate**2 * np.sum(direction * gradient)
-            scale *= min(1.0, np.sqrt(kl_clip / quadratic))
+            scale *= min(1.0, np.sqrt(norm_constraint / quadratic))
             assert scale < learning_rate
         # The moving average of the loss, corrected for its start.
         average = np.average(losses, weights=0.9 ** np.arange(len(losses))[::-1])
         noises.append(1 - min(1.0, 2 * average / np.sum(direction * gradient)))
-        if polyak is not None:
+        if polyak_scaling is not None:
             quotient = np.sum(direction * gradient) / average
             # The average of the steps before, which forgets its first values soon.
             ratio = quotient if ratio is None else ratio
-            scale = polyak * (1 - momentum) / ratio
+            scale = polyak_scaling * (1 - momentum) / ratio
             ratio += max(0.05, 5 / (len(losses) + 4)) * (quotient - ratio)
             bound = learning_rate * (1 - momentum) / np.sqrt(np.mean(direction**2))
             assert scale < bound
@@ -114,7 +116,7 @@ def test_the_unit_of_a_loss_whose_lowest_value_is_not_known_changes_nothing():
     [(True, 0.0, True), (True, 0.9, True), (True, 0.9, False), (False, 0.9, True)],
 )
 def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nesterov):
-    """What one gradient moves in all, momentum included, takes `polyak (L - L₀)` off, to
+    """What one gradient moves in all, momentum included, takes `polyak_scaling (L - L₀)` off, to
     first order.
     """
     rng = np.random.default_rng(2)
@@ -129,7 +131,7 @@ def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nes
         damping=1e-3,
         momentum=momentum,
         nesterov=nesterov,
-        polyak=0.01,
+        polyak_scaling=0.01,
         weight_decay=None,
         seed=3,
     )
@@ -155,9 +157,9 @@ def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nes
     np.testing.assert_allclose(promise, 0.01 * divergence, rtol=1e-3)
 
 
-@pytest.mark.parametrize("polyak", [1.0, 0.5])
+@pytest.mark.parametrize("polyak_scaling", [1.0, 0.5])
 @pytest.mark.parametrize("known", [True, False])
-def test_a_loss_with_no_known_lowest_value_starts_by_a_part_of_the_bound(known, polyak):
+def test_a_loss_with_no_known_lowest_value_starts_by_a_part_of_the_bound(known, polyak_scaling):
     """The same loss, as Keras's own and as a function that could be anything."""
     rng = np.random.default_rng(2)
     inputs = rng.normal(size=(32, 5)).astype("float32")
@@ -165,7 +167,12 @@ def test_a_loss_with_no_known_lowest_value_starts_by_a_part_of_the_bound(known, 
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3)])
     optimizer = keras_kfc.KFC(
-        10.0, momentum=0.0, polyak=polyak, fisher="empirical", weight_decay=None, seed=3
+        10.0,
+        momentum=0.0,
+        polyak_scaling=polyak_scaling,
+        fisher="empirical",
+        weight_decay=None,
+        seed=3,
     )
 
     def own(y_true, y_pred):
@@ -181,9 +188,9 @@ def test_a_loss_with_no_known_lowest_value_starts_by_a_part_of_the_bound(known, 
     promise = -sum(np.sum(s * g.numpy()) for s, g in zip(step, gradients, strict=True))
     length = np.sqrt(np.mean(np.concatenate([part.ravel() for part in step]) ** 2))
     if known:
-        np.testing.assert_allclose(promise, polyak * float(loss), rtol=1e-3)
+        np.testing.assert_allclose(promise, polyak_scaling * float(loss), rtol=1e-3)
     else:
-        np.testing.assert_allclose(length, 0.2 * polyak * 10.0, rtol=1e-3)
+        np.testing.assert_allclose(length, 0.2 * polyak_scaling * 10.0, rtol=1e-3)
 
 
 def test_a_train_step_that_hides_its_loss_forgets_the_one_before():
@@ -262,7 +269,7 @@ def test_fallback_rule_trains_as_keras_adam_does():
     x, y = rng.normal(size=(32, 6)), rng.normal(size=(32, 2))
     results = []
     for optimizer in (
-        keras_kfc.KFC(0.1, fallback_lr_ratio=0.1, weight_decay=None),
+        keras_kfc.KFC(0.1, adam_lr_ratio=0.1, weight_decay=None),
         keras.optimizers.Adam(0.01, epsilon=1e-12),
     ):
         keras.utils.set_random_seed(1)

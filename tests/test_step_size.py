@@ -28,11 +28,11 @@ def test_the_mean_step_is_along_the_mean_gradient():
     rng = np.random.default_rng(0)
     # So small a scale that the weights stay about where they are.
     model = line(
-        polyak=1e-6,
+        polyak_scaling=1e-6,
         momentum=0.0,
         fisher="exact",
-        factor_decay=0.999,
-        factor_update_period=1,
+        curvature_ema=0.999,
+        curvature_update_period=1,
         inverse_update_period=1,
     )
     rows = np.eye(2, dtype="float32")
@@ -60,7 +60,7 @@ def test_no_layer_moves_further_than_the_learning_rate(nesterov):
     y = 1e5 * rng.normal(size=(64, 2)).astype("float32")
 
     def longest(polyak):
-        model = line(2, 3, True, learning_rate=0.02, nesterov=nesterov, polyak=polyak)
+        model = line(2, 3, True, learning_rate=0.02, nesterov=nesterov, polyak_scaling=polyak)
         sizes = []
         for start in range(0, 64, 8):
             before = flat_weights(model)
@@ -97,7 +97,9 @@ def test_a_schedule_scales_steps_that_are_below_the_bound():
     x, y = data()
 
     def change(rate):
-        optimizer = keras_kfc.KFC(0.03, polyak=0.01, momentum=0.0, seed=1, weight_decay=None)
+        optimizer = keras_kfc.KFC(
+            0.03, polyak_scaling=0.01, momentum=0.0, seed=1, weight_decay=None
+        )
         model = small_net("mse", optimizer)
         model.fit(x, y, batch_size=32, epochs=1, verbose=0, shuffle=False)
         model.optimizer.learning_rate = rate
@@ -206,7 +208,7 @@ def test_factors_weigh_examples_not_batches():
     rng = np.random.default_rng(2)
     x = rng.normal(size=(257, 3)).astype("float32")
     x[-1] *= 10
-    model = line(1, 3, polyak=0.0, factor_update_period=1)
+    model = line(1, 3, polyak_scaling=0.0, curvature_update_period=1)
     model.fit(x, np.zeros((257, 1)), batch_size=256, epochs=1, verbose=0, shuffle=False)
     weights = np.append(np.full(256, 0.95), 1.0)
     # One example makes room for itself only.

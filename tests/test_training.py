@@ -16,7 +16,7 @@ from keras_kfc.optimizer.update import _growing_gaps
 
 def kfc(**kwargs):
     """An optimizer whose factors and inverses are due often and whose draws repeat."""
-    defaults = {"seed": 3, "factor_update_period": 2, "inverse_update_period": 3}
+    defaults = {"seed": 3, "curvature_update_period": 2, "inverse_update_period": 3}
     return keras_kfc.KFC(**{**defaults, **kwargs})
 
 
@@ -155,13 +155,13 @@ def test_a_constant_factor_on_the_loss_changes_nothing():
     reference = trained(1.0)
     for factor in (1e-3, 1e3):
         assert relative_error(trained(factor), reference) < 1e-5
-    absolute = {"scale_free": False, "damping": 1e-2}
+    absolute = {"relative_damping": False, "damping": 1e-2}
     # Negative control.
     assert relative_error(trained(1.0, **absolute), trained(1e3, **absolute)) > 1e-3
 
 
 def test_only_due_steps_change_factors_and_inverses():
-    model, optimizer = conv_net(), keras_kfc.KFC(factor_update_period=3, inverse_update_period=6)
+    model, optimizer = conv_net(), keras_kfc.KFC(curvature_update_period=3, inverse_update_period=6)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     due: dict[str, list[int]] = {"gamma": [], "gamma_inverse": []}
     previous = dict.fromkeys(due, 0.0)
@@ -191,7 +191,10 @@ def test_gaps_between_updates_grow_to_the_period():
 
 def test_first_estimate_is_the_first_batch():
     """No initial value leaks into the moving average, which is bias-corrected."""
-    model, optimizer = conv_net(), kfc(factor_update_period=1, fisher="exact", learning_rate=1e-9)
+    model, optimizer = (
+        conv_net(),
+        kfc(curvature_update_period=1, fisher="exact", learning_rate=1e-9),
+    )
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
     batches = [image_batch(seed=seed) for seed in range(3)]
     omegas = []
@@ -215,18 +218,18 @@ def test_learning_rate_and_damping_are_read_and_set_during_training():
     with pytest.raises(TypeError, match="damping is not settable"):
         optimizer.damping = 0.1
 
-    model, optimizer = conv_net(), kfc(momentum=0.0, fallback_lr_ratio=0.0)
+    model, optimizer = conv_net(), kfc(momentum=0.0, adam_lr_ratio=0.0)
     train(model, optimizer, steps=1)
     size = []
     for polyak in (0.1, 0.05):
-        optimizer.polyak = polyak
+        optimizer.polyak_scaling = polyak
         before = model.layers[0].get_weights()
         model.fit(*image_batch(), batch_size=32, verbose=0)
         size.append(relative_error(model.layers[0].get_weights()[0], before[0]))
     # Not quite the half: the weights have moved.
     assert 0.3 < size[1] / size[0] < 0.7
 
-    model, optimizer = conv_net(), kfc(polyak=None)
+    model, optimizer = conv_net(), kfc(polyak_scaling=None)
     train(model, optimizer, steps=1)
     optimizer.learning_rate = 0.0
     before = model.layers[0].get_weights()
@@ -244,12 +247,14 @@ def test_learning_rate_and_damping_are_read_and_set_during_training():
 
 
 def test_trust_region_bounds_the_quadratic_form():
-    """One step from rest: the update's squared Fisher norm is `kl_clip` times the loss."""
+    """One step from rest: the update's squared Fisher norm is `norm_constraint` times the loss."""
     images, labels = image_batch()
-    for kl_clip in (1e-6, 1e-4):
+    for norm_constraint in (1e-6, 1e-4):
         model = conv_net(batch_norm=False)
         settings = {"nesterov": False, "damping": 1e-3, "weight_decay": None}
-        optimizer = kfc(polyak=None, kl_clip=kl_clip, learning_rate=10.0, **settings)
+        optimizer = kfc(
+            polyak_scaling=None, norm_constraint=norm_constraint, learning_rate=10.0, **settings
+        )
         model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
         loss = model.evaluate(images, labels, verbose=0)
         before = {layer.name: layer.get_weights() for layer in model.layers}
@@ -260,4 +265,4 @@ def test_trust_region_bounds_the_quadratic_form():
             new = model.get_layer(name).get_weights()
             step = [a - b for a, b in zip(new, before[name], strict=True)]
             total += squared_fisher_norm(block, step)
-        assert abs(total / (kl_clip * loss) - 1) < 0.02
+        assert abs(total / (norm_constraint * loss) - 1) < 0.02

@@ -14,7 +14,7 @@ from keras_kfc.layers.instrument import instrumented
 from keras_kfc.losses.derivatives import FISHERS, output_derivatives
 from keras_kfc.losses.terms import loss_terms
 from keras_kfc.passes.capture import Capture
-from keras_kfc.passes.statistics import ExampleSample, batch_size_of, measure
+from keras_kfc.passes.statistics import ExampleSubset, batch_size_of, measure
 from keras_kfc.utils.arguments import check_choice, check_positive_integer, check_seed
 from keras_kfc.utils.texts import unused_name
 
@@ -144,7 +144,7 @@ def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
             key: KroneckerLayout(record.linear_map, record.has_bias)
             for key, record in capture.records.items()
         }
-        statistics = measure(capture, derivatives, ExampleSample(size), layouts)
+        statistics = measure(capture, derivatives, ExampleSubset(size), layouts)
         sums: dict[str, list[tf.Tensor]] = {}
         for key, record in capture.records.items():
             path = unused_name(record.path, sums)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout, CurvatureBlock
 from keras_kfc.curvature.averaging import any_of
 from keras_kfc.curvature.choice import planned_blocks
-from keras_kfc.layers.instrumented import layer_of
+from keras_kfc.layers.instrumented import layer_of_kernel
 from keras_kfc.linalg.precision import factor_dtype
 from keras_kfc.passes.capture import Capture
 from keras_kfc.passes.statistics import BatchStatistics
@@ -172,7 +172,7 @@ class BlockDiagonal:
             present = [i for i in (block.kernel, block.bias) if i is not None and i in gradients]
             if not present:
                 continue
-            if layer_of(self._kernels[block.kernel]) is None:
+            if layer_of_kernel(self._kernels[block.kernel]) is None:
                 raise ValueError(
                     f"Layer {block.path} was stripped or quantised after the optimizer was built. "
                     "Compile the model again with a new optimizer."

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout
-from keras_kfc.layers.instrumented import blocks_among
+from keras_kfc.layers.instrumented import parameter_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def planned_blocks(
         structure: Name of the structure for layer kinds that have no choice of their own.
         max_factor_dim: Rows beyond which a factor is cut into diagonal blocks, or None.
     """
-    for index, layer, bias in blocks_among(variables):
+    for index, layer, bias in parameter_groups(variables):
         name = layer.curvature_structure or structure
         layout = STRUCTURES[name].layout(layer.linear_map, bias is not None, max_factor_dim)
         yield PlannedBlock(layer.path, name, layout, index, bias)

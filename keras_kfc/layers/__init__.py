@@ -8,10 +8,10 @@ import pkgutil
 
 from keras_kfc.layers.conv import Conv2D
 from keras_kfc.layers.dense import Dense
-from keras_kfc.layers.instrumented import INSTRUMENTED
+from keras_kfc.layers.instrumented import CAPTURING_CLASSES
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-globals().update({kind.__name__: kind for kind in INSTRUMENTED.values()})
+globals().update({kind.__name__: kind for kind in CAPTURING_CLASSES.values()})
 
 __all__ = ["Conv2D", "Dense"]

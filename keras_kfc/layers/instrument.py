@@ -15,7 +15,7 @@ import keras
 from keras_kfc._compat.keras_internals import layers_within, own_trainable_variables
 from keras_kfc.layers.coverage import Coverage, LayerCoverage
 from keras_kfc.layers.instrumented import (
-    INSTRUMENTED,
+    CAPTURING_CLASSES,
     KroneckerLayer,
     exclude_layer,
     instrument_layer,
@@ -117,7 +117,7 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
         if id(layer) in left_out or reason:
             if strip_layer(layer):
                 changed.append(layer)
-        elif type(layer) in INSTRUMENTED:
+        elif type(layer) in CAPTURING_CLASSES:
             instrument_layer(layer)
             changed.append(layer)
         elif isinstance(layer, KroneckerLayer) and layer.built and not is_marked(layer):
@@ -198,7 +198,7 @@ def coverage(model: keras.Model) -> Coverage:
         own = own_trainable_variables(layer)
         if layer.built and not own:
             continue
-        if not layer.built and not isinstance(layer, tuple(INSTRUMENTED)):
+        if not layer.built and not isinstance(layer, tuple(CAPTURING_CLASSES)):
             continue
         reason = reason or _reason_without_block(layer)
         count = sum(math.prod(variable.shape) for variable in own) if layer.built else None
@@ -215,9 +215,9 @@ def _reason_without_block(layer):
         if not is_marked(layer):
             return "excluded"
         return "" if layer.kronecker_kernel.trainable else "its kernel is frozen"
-    if type(layer) in INSTRUMENTED:
+    if type(layer) in CAPTURING_CLASSES:
         return "not instrumented (call keras_kfc.instrument)"
-    if isinstance(layer, tuple(INSTRUMENTED)):
+    if isinstance(layer, tuple(CAPTURING_CLASSES)):
         return "a subclass may compute something else"
     return "no block for this class"
 

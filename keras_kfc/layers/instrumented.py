@@ -20,7 +20,7 @@ from keras_kfc.maps.api import LinearMap
 from keras_kfc.passes.automatic import active_capture
 
 # The classes that `keras_kfc.instrument` changes, and what it changes them to.
-INSTRUMENTED: dict[type, type] = {}
+CAPTURING_CLASSES: dict[type, type] = {}
 _PLAIN: dict[type, type] = {}
 
 
@@ -32,7 +32,7 @@ def instruments(plain: type) -> Callable[[type], type]:
     """
 
     def register(kind: type) -> type:
-        INSTRUMENTED[plain] = kind
+        CAPTURING_CLASSES[plain] = kind
         _PLAIN[kind] = plain
         return kind
 
@@ -68,7 +68,7 @@ class KroneckerLayer(TellsWhenBuilt):
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Becomes Keras's own layer and is quantised as that, out of the optimizer's sight."""
         # A subclass keeps its class, and Keras refuses it.
-        plain: Any = next(base for base in type(self).__mro__ if base in INSTRUMENTED)
+        plain: Any = next(base for base in type(self).__mro__ if base in CAPTURING_CLASSES)
         _strip_and_quantize(self, functools.partial(plain.quantize, self), *args, **kwargs)
 
     def _observe(self, inputs: tf.Tensor, pre_activation: tf.Tensor) -> tf.Tensor:
@@ -98,10 +98,10 @@ def is_marked(layer: Any) -> bool:
 
     Layers that share one kernel variable are all marked by the last of them.
     """
-    return layer.built and layer_of(layer.kronecker_kernel) is not None
+    return layer.built and layer_of_kernel(layer.kronecker_kernel) is not None
 
 
-def layer_of(variable: Any) -> Any:
+def layer_of_kernel(variable: Any) -> Any:
     """The instrumented layer that a variable is the kernel of, or None."""
     reference = getattr(variable, "kronecker_layer", None)
     return None if reference is None else reference()
@@ -111,9 +111,9 @@ def instrument_layer(layer: Any) -> None:
     """Gives one of Keras's layers its capturing subclass.
 
     Args:
-        layer: A layer of a class in `INSTRUMENTED`.
+        layer: A layer of a class in `CAPTURING_CLASSES`.
     """
-    layer.__class__ = INSTRUMENTED[type(layer)]
+    layer.__class__ = CAPTURING_CLASSES[type(layer)]
     if layer.built:
         mark_kernel(layer)
     # Keras binds this method to each instance, as it does with `build`: that of the
@@ -177,7 +177,7 @@ def layers_in(model: keras.Model) -> list[tuple[keras.Layer, str]]:
     return found
 
 
-def told_to_fall_back(layer: keras.Layer) -> bool:
+def is_excluded(layer: keras.Layer) -> bool:
     """Whether somebody asked that the fallback rule trains a layer (`instrument`'s `exclude`)."""
     return layer in _EXCLUDED
 
@@ -187,7 +187,7 @@ def exclude_layer(layer: keras.Layer, excluded: bool) -> None:
     (_EXCLUDED.add if excluded else _EXCLUDED.discard)(layer)
 
 
-def blocks_among(variables: Sequence[Any]) -> Iterator[tuple[int, Any, int | None]]:
+def parameter_groups(variables: Sequence[Any]) -> Iterator[tuple[int, Any, int | None]]:
     """The Kronecker blocks that a list of trainable variables gives.
 
     Args:
@@ -199,6 +199,6 @@ def blocks_among(variables: Sequence[Any]) -> Iterator[tuple[int, Any, int | Non
     """
     indices = {id(variable): index for index, variable in enumerate(variables)}
     for index, variable in enumerate(variables):
-        layer = layer_of(variable)
+        layer = layer_of_kernel(variable)
         if layer is not None:
             yield index, layer, None if layer.bias is None else indices.get(id(layer.bias))

@@ -19,7 +19,7 @@ from keras_kfc.losses.api import kind_of
 from keras_kfc.losses.terms import LossTerm, known_function, reduced_loss
 
 
-def attainable_loss(terms: Sequence[LossTerm]) -> tf.Tensor | None:
+def loss_lower_bound(terms: Sequence[LossTerm]) -> tf.Tensor | None:
     """The lowest value that the loss of a model could take on these targets.
 
     Args:

@@ -23,11 +23,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
     come later in the list, such as `CSVLogger` and `TensorBoard`:
 
     * `learning_rate` and `damping` at the end of the epoch;
-    * `trust_scale`, `gradient_norm` and `update_norm`, means over the epoch's steps: the
+    * `step_scale`, `gradient_norm` and `update_norm`, means over the epoch's steps: the
       part, in [0, 1], of the longest step that is allowed which layers with a block took, and the
       norms over all variables of the gradients (after clipping) and of the changes (with
       momentum and weight decay);
-    * `skipped_steps`, `skipped_factor_updates` and `skipped_inverse_updates`, counted from
+    * `skipped_steps`, `rejected_factor_updates` and `rejected_inverse_updates`, counted from
       the beginning of training;
     * for each factor, by the path of its layer, `{path}/omega_condition` and
       `{path}/gamma_condition`: the condition number of the damped factor as it was last
@@ -84,7 +84,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             "damping": float(keras.ops.convert_to_numpy(optimizer.damping)),
             **optimizer.watched_steps.means(),
         }
-        for name in ("skipped_steps", "skipped_factor_updates", "skipped_inverse_updates"):
+        for name in ("skipped_steps", "rejected_factor_updates", "rejected_inverse_updates"):
             values[name] = int(getattr(optimizer, name).numpy())
         names: set[str] = set()
         for block in optimizer.blocks if self.spectrum != "none" else ():

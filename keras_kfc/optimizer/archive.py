@@ -19,6 +19,12 @@ _LAYOUT = "layout"
 FORMAT_VERSION = 2
 # Endings of names of variables that belong to no block.
 _ROLES = ("second_moment", "momentum", "average", "gradient_accumulator")
+# What these were called in format 1.
+_FORMER_ROLES = {
+    "polyak_scaling": "polyak",
+    "rejected_factor_updates": "skipped_factor_updates",
+    "rejected_inverse_updates": "skipped_inverse_updates",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,8 @@ class StoredState:
         if self.version >= 2:
             return list(roles)
         endings = ("omega_inverse", "gamma_inverse", "omega", "gamma", "weight", "inverted")
-        return [_abridged(role, (*endings, *_ROLES)) for role in roles]
+        abridged = (_abridged(role, (*endings, *_ROLES)) for role in roles)
+        return [_FORMER_ROLES.get(role, role) for role in abridged]
 
 
 def write_state(store: Any, state: StoredState) -> None:

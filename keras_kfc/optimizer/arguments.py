@@ -37,22 +37,39 @@ KERAS_ARGUMENTS = (
     "loss_scale_factor",
     "gradient_accumulation_steps",
 )
-# `damping` and `polyak` check themselves, see `keras_kfc.optimizer.hyperparameter`.
+# `damping` and `polyak_scaling` check themselves, see `keras_kfc.optimizer.hyperparameter`.
 CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "momentum": _number(high=1),
     "nesterov": check_boolean,
-    "kl_clip": _or_none(_number(exclude_low=True)),
+    "norm_constraint": _or_none(_number(exclude_low=True)),
     "fisher": lambda name, value: check_choice(name, value, FISHERS),
-    "factor_decay": _number(high=1),
-    "factor_update_period": check_positive_integer,
+    "curvature_ema": _number(high=1),
+    "curvature_update_period": check_positive_integer,
     "inverse_update_period": check_positive_integer,
-    "scale_free": check_boolean,
-    "factor_samples": _or_none(check_positive_integer),
+    "relative_damping": check_boolean,
+    "factor_batch_size": _or_none(check_positive_integer),
     "structure": lambda name, value: check_choice(name, value, tuple(STRUCTURES)),
     "max_factor_dim": _or_none(check_positive_integer),
-    "fallback_lr_ratio": _number(),
+    "adam_lr_ratio": _number(),
     "seed": lambda name, value: check_seed(value),
 }
+
+
+# What arguments were called in models of state format 1.
+_FORMER_NAMES = {
+    "polyak": "polyak_scaling",
+    "kl_clip": "norm_constraint",
+    "factor_decay": "curvature_ema",
+    "factor_update_period": "curvature_update_period",
+    "scale_free": "relative_damping",
+    "factor_samples": "factor_batch_size",
+    "fallback_lr_ratio": "adam_lr_ratio",
+}
+
+
+def under_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration, with the names that its arguments have now."""
+    return {_FORMER_NAMES.get(name, name): value for name, value in config.items()}
 
 
 def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:

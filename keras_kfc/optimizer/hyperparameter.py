@@ -9,7 +9,7 @@ from keras_kfc.utils.arguments import check_number
 _Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
-class Settable:
+class Hyperparameter:
     """An attribute of an optimizer: its value now, from a variable or a schedule.
 
     Args:

@@ -10,9 +10,8 @@ import keras
 
 from keras_kfc._compat.keras_internals import compile_loss
 from keras_kfc._compat.whole_step import WholeStepOptimizer
-from keras_kfc.optimizer import resuming
-from keras_kfc.optimizer.arguments import CHECKS, KERAS_ARGUMENTS, check_forward_pass, checked
-from keras_kfc.optimizer.hyperparameter import Settable
+from keras_kfc.optimizer import arguments, resuming
+from keras_kfc.optimizer.hyperparameter import Hyperparameter
 from keras_kfc.optimizer.memory import usage_of
 from keras_kfc.optimizer.notices import Notices
 from keras_kfc.optimizer.parts import Parts, parts_of
@@ -35,7 +34,7 @@ class KFC(WholeStepOptimizer):
     2015](https://arxiv.org/abs/1503.05671). With `D` the gradient of a layer's kernel and bias
     as one matrix, a step is
 
-        Ω ← average of E[Σ_t ā_t ā_tᵀ]               every `factor_update_period` steps
+        Ω ← average of E[Σ_t ā_t ā_tᵀ]               every `curvature_update_period` steps
         Γ ← average of E[(1/|T|) Σ_t Ds_t Ds_tᵀ]     likewise
         d = (Ω + π √λ I)⁻¹ D (Γ + √λ/π I)⁻¹          inverses anew every
                                                      `inverse_update_period` steps
@@ -48,7 +47,7 @@ class KFC(WholeStepOptimizer):
     In the first steps updates are due more often than the periods say.
 
     `α` is Polyak's step size in the metric of the Fisher matrix: a gradient, momentum included,
-    promises to take off a part `c`, `polyak`, of the gap `G`, what the loss has above the
+    promises to take off a part `c`, `polyak_scaling`, of the gap `G`, what the loss has above the
     lowest value within reach. `η` is the learning rate: no layer's weights move by more in a
     step, root mean square and with momentum, as with Adam. `s` is `η` over its highest value so
     far, so that a schedule acts on all steps. Kernels decay by a part `w` of the step, so far
@@ -66,31 +65,29 @@ class KFC(WholeStepOptimizer):
             without arguments that returns the value to use: `η`, the most that a layer's
             weights move in a step, root mean square. Defaults to `0.03`.
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov damping `λ`, in units of
-            the mean eigenvalue of the layer's block (absolute if `scale_free=False`). Can be
-            read and set during training. Defaults to `0.2`.
+            the mean eigenvalue of the layer's block (absolute if `relative_damping=False`).
+            Can be read and set during training. Defaults to `0.2`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether it is Nesterov's momentum. Defaults to `True`.
-        polyak: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss above
-            its lowest value that a gradient may promise to take off. Can be read and set
-            during training. None for steps of `learning_rate * d`, without a bound.
-            Defaults to `1.0`.
-        kl_clip: Bound of a trust region, `ν ≤ kl_clip (L - L₀)` (absolute, `ν ≤ kl_clip`, if
-            `scale_free=False`), or None for none where Polyak's rule applies. Defaults to `None`.
+        polyak_scaling: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss
+            above its lowest value that a gradient may promise to take off. Can be read and set
+            during training. None for steps of `learning_rate * d`, unbounded. Defaults to `1.0`.
+        norm_constraint: Bound of a trust region on the Fisher norm of a step, as a part of `L - L₀`
+            (absolute if `relative_damping=False`), or None for none. Defaults to `None`.
         fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the model's own
             prediction (as the paper does), `"empirical"` takes the training targets, `"exact"`
             sums over all classes or outputs, a backward pass for each. Defaults to `"sampled"`.
-        factor_decay: Decay of the moving averages of the factors for one
+        curvature_ema: Decay of the moving averages of the factors for one
             update, in [0, 1); batches count by their examples, and small ones are
             forgotten more slowly, unless it is 0. Defaults to `0.95`.
-        factor_update_period: Steps between updates of the factors, the paper's `T_s`. Defaults
+        curvature_update_period: Steps between updates of the factors, the paper's `T_s`. Defaults
             to `10`.
         inverse_update_period: Steps between updates of the inverses, the paper's `T_f`. Defaults
             to `20`.
-        scale_free: Whether `damping` and `kl_clip` are relative, as above, or absolute, as in the
-            paper. Defaults to `True`.
-        factor_samples: Number of examples of a batch to estimate factors from, drawn anew for each
-            update (neighbours, so batches should be shuffled), or None for all. Products for
-            the factors get cheaper, estimates noisier. Defaults to `None`.
+        relative_damping: Whether `damping` and `norm_constraint` are relative, as above, or
+            absolute, as in the paper. Defaults to `True`.
+        factor_batch_size: Number of examples of a batch to estimate factors from, drawn anew for
+            each update (neighbours, so shuffle batches), or None for all. Defaults to `None`.
         structure: What the layers' Fisher blocks are kept as: `"kronecker"`, the paper's product of
             two factors, or `"diagonal"`. Defaults to `"kronecker"`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size
@@ -98,13 +95,13 @@ class KFC(WholeStepOptimizer):
             None for no limit. A factor of n rows takes `8 n²` bytes with its inverse, about `n³`
             products each time it is inverted, and n for each of the layer's weights in
             every step. Defaults to `2048`.
-        fallback_lr_ratio: That of the fallback rule over `learning_rate`. Defaults to `0.2`.
+        adam_lr_ratio: That of the fallback rule over `learning_rate`. Defaults to `0.2`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
         name: Name of the optimizer. Defaults to `"kfc"`, with a number where that is taken.
         weight_decay: Float, at least 0, or None: decoupled weight decay `w` of all variables
             of two axes or more (so not of biases and scales) that are not excluded. Kernels of
             covered layers decay in proportion to the step, as above, all others by a fifth of
-            `w * fallback_lr_ratio * learning_rate`, of embeddings only the rows that a batch
+            `w * adam_lr_ratio * learning_rate`, of embeddings only the rows that a batch
             used. Defaults to `0.02`.
         clipnorm: Float or None. Norm that the gradient of each weight is clipped to.
         clipvalue: Float or None. What gradients are clipped to be no higher than.
@@ -122,8 +119,8 @@ class KFC(WholeStepOptimizer):
         blocks: The Kronecker blocks, one for each covered layer, with their
             `path`, `omega`, `gamma`, `omega_inverse` and `gamma_inverse`.
         skipped_steps: Variable that counts steps with derivatives that were not finite.
-        skipped_factor_updates: Counts layers' factors of a batch left out as not finite.
-        skipped_inverse_updates: Counts inverses that were not finite, and so not used.
+        rejected_factor_updates: Counts layers' factors of a batch left out as not finite.
+        rejected_inverse_updates: Counts inverses that were not finite, and so not used.
 
     Example:
 
@@ -137,12 +134,10 @@ class KFC(WholeStepOptimizer):
     >>> history = model.fit(images, labels, epochs=3, verbose=0)
     >>> [block.path.split("/")[-1] for block in model.optimizer.blocks]
     ['conv2d', 'dense']
-    >>> int(model.optimizer.skipped_steps)
-    0
     """
 
-    damping = Settable()
-    polyak = Settable(optional=True)
+    damping = Hyperparameter()
+    polyak_scaling = Hyperparameter(optional=True)
 
     def __init__(
         self,
@@ -150,17 +145,17 @@ class KFC(WholeStepOptimizer):
         damping=0.2,
         momentum=0.9,
         nesterov=True,
-        polyak=1.0,
-        kl_clip=None,
+        polyak_scaling=1.0,
+        norm_constraint=None,
         fisher="sampled",
-        factor_decay=0.95,
-        factor_update_period=10,
+        curvature_ema=0.95,
+        curvature_update_period=10,
         inverse_update_period=20,
-        scale_free=True,
-        factor_samples=None,
+        relative_damping=True,
+        factor_batch_size=None,
         structure="kronecker",
         max_factor_dim=2048,
-        fallback_lr_ratio=0.2,
+        adam_lr_ratio=0.2,
         seed=None,
         weight_decay=0.02,
         clipnorm=None,
@@ -175,17 +170,17 @@ class KFC(WholeStepOptimizer):
         **kwargs,
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
-        base = {argument: given[argument] for argument in KERAS_ARGUMENTS}
+        base = {argument: given[argument] for argument in arguments.KERAS_ARGUMENTS}
         check_base_arguments(base)
         super().__init__(name=name, **base, **kwargs)
-        for argument, value in checked(given).items():
+        for argument, value in arguments.checked(given).items():
             setattr(self, argument, value)
         self.damping = damping
-        self.polyak = polyak
+        self.polyak_scaling = polyak_scaling
         draw = random.randrange(2**31) if self.seed is None else self.seed
         self.draw_seed = self._counter("seed", draw)
-        for what in ("steps", "factor_updates", "inverse_updates"):
-            setattr(self, f"skipped_{what}", self._counter(f"skipped_{what}"))
+        for counter in ("skipped_steps", "rejected_factor_updates", "rejected_inverse_updates"):
+            setattr(self, counter, self._counter(counter))
         self.progress = Progress(self.add_variable)
         self.polyak_steps = PolyakSteps(self.add_variable, self.progress)
         self.notices = Notices()
@@ -229,7 +224,7 @@ class KFC(WholeStepOptimizer):
         Raises:
             ValueError: If the optimizer is not built.
         """
-        check_forward_pass(self.built, capture, loss=loss, y_pred=y_pred)
+        arguments.check_forward_pass(self.built, capture, loss=loss, y_pred=y_pred)
         # What the model captured by itself belongs to another forward pass.
         take_pending(self)
         compiled = compile_loss(loss)
@@ -289,12 +284,14 @@ class KFC(WholeStepOptimizer):
 
     def get_config(self):
         """Configuration from which `from_config` makes an equal optimizer."""
-        settable = {s.name: s.serialized(self) for s in (KFC.damping, KFC.polyak)}
-        return super().get_config() | settable | {name: getattr(self, name) for name in CHECKS}
+        settable = {s.name: s.serialized(self) for s in (KFC.damping, KFC.polyak_scaling)}
+        own = {name: getattr(self, name) for name in arguments.CHECKS}
+        return super().get_config() | settable | own
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Makes an optimizer from its configuration."""
-        for settable in (cls.damping, cls.polyak):
+        config = arguments.under_present_names(config)
+        for settable in (cls.damping, cls.polyak_scaling):
             config = settable.deserialized(config, custom_objects)
         return super().from_config(config, custom_objects=custom_objects)

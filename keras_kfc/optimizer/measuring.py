@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
 from keras_kfc.losses.derivatives import output_derivatives
-from keras_kfc.losses.lowest import attainable_loss
+from keras_kfc.losses.lowest import loss_lower_bound
 from keras_kfc.losses.terms import loss_terms
 from keras_kfc.optimizer.notices import Notices
 from keras_kfc.optimizer.schedule import is_update_step
@@ -15,7 +15,7 @@ from keras_kfc.passes.automatic import kronecker_optimizer
 from keras_kfc.passes.capture import Capture
 from keras_kfc.passes.statistics import (
     BatchStatistics,
-    ExampleSample,
+    ExampleSubset,
     batch_size_of,
     draw_examples,
     measure,
@@ -82,11 +82,13 @@ class Measuring:
         """
         terms = loss_terms(compiled, y_true, y_pred, sample_weight, loss_value)
         # A loss that is not reduced is trained by the gradient of its sum.
-        self._observe_loss(tf.reduce_sum(loss_value), attainable_loss(terms), batch_size_of(y_pred))
+        self._observe_loss(
+            tf.reduce_sum(loss_value), loss_lower_bound(terms), batch_size_of(y_pred)
+        )
         if not self._can_use(capture):
             return
 
-        def statistics(sample: ExampleSample) -> BatchStatistics:
+        def statistics(sample: ExampleSubset) -> BatchStatistics:
             derivatives = output_derivatives(terms, self._settings.fisher, self._step_seed())
             self._notices.tell_notes(derivatives)
             return measure(capture, derivatives, sample, self._curvature.layouts_in(capture))
@@ -122,7 +124,7 @@ class Measuring:
         def refresh() -> bool:
             curvature.average_over_replicas()
             refused = curvature.refresh(self._damping.damping(), self._damping.relative)
-            settings.skipped_inverse_updates.assign_add(tf.cast(refused, tf.int64))
+            settings.rejected_inverse_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 
         due = self._is_due(settings.inverse_update_period)
@@ -146,20 +148,20 @@ class Measuring:
         curvature.note_captured(capture)
 
         def update() -> bool:
-            sample = draw_examples(batch_size, settings.factor_samples, self._step_seed())
+            sample = draw_examples(batch_size, settings.factor_batch_size, self._step_seed())
             # The other replicas have as many.
             examples = sample.size * current_placement().count
             decay = self._decay_of_factors(examples)
             refused = curvature.update(statistics(sample), examples, decay)
-            settings.skipped_factor_updates.assign_add(tf.cast(refused, tf.int64))
+            settings.rejected_factor_updates.assign_add(tf.cast(refused, tf.int64))
             return True
 
-        due = self._is_due(settings.factor_update_period)
+        due = self._is_due(settings.curvature_update_period)
         tf.cond(due | curvature.missing_factors(capture), update, lambda: False)
 
     def _is_due(self, period: int) -> tf.Tensor:
         settings = self._settings
-        return is_update_step(settings.iterations, period, settings.factor_update_period)
+        return is_update_step(settings.iterations, period, settings.curvature_update_period)
 
     def _step_seed(self) -> tf.Tensor:
         """Two integers for the random numbers of this step."""
@@ -173,16 +175,16 @@ class Measuring:
         Micro-batches whose gradients are averaged count as one batch.
         """
         settings = self._settings
-        if not settings.factor_decay:
+        if not settings.curvature_ema:
             # Somebody wants the factors of the last batch and no other.
             return tf.zeros(())
         examples = tf.cast(examples, tf.float32)
-        decay = tf.maximum(settings.factor_decay, 1 - examples / _FEWEST_EXAMPLES)
+        decay = tf.maximum(settings.curvature_ema, 1 - examples / _FEWEST_EXAMPLES)
         steps = settings.gradient_accumulation_steps
         if steps is None:
             return decay
         # The first of them makes room for all.
-        decay = tf.maximum(settings.factor_decay, 1 - steps * examples / _FEWEST_EXAMPLES)
+        decay = tf.maximum(settings.curvature_ema, 1 - steps * examples / _FEWEST_EXAMPLES)
         return tf.where(settings.batches % steps == 0, decay, 1.0)
 
     def _observe_loss(
@@ -208,13 +210,18 @@ class Measuring:
         half = any(r.uses[0].pre_activation.dtype == tf.float16 for r in capture.records.values())
         # Nobody can tell the scale. Nothing depends on it where damping is relative and steps
         # have the length of the bound.
-        if outer is None and half and not (settings.scale_free and settings.polyak is not None):
+        if (
+            outer is None
+            and half
+            and not (settings.relative_damping and settings.polyak_scaling is not None)
+        ):
             raise ValueError(
                 "KFC cannot tell the loss scale of a train step in float16 that calls parts of "
-                "the model, and `scale_free=False` and `polyak=None` depend on it. Call the whole "
-                "model, use `keras_kfc.Capture` in the train step, or leave these arguments at "
-                f"their defaults. Received: scale_free={settings.scale_free}, "
-                f"polyak={settings.polyak}"
+                "the model, and `relative_damping=False` and `polyak_scaling=None` depend on it. "
+                "Call the whole model, use `keras_kfc.Capture` in the train step, or leave these "
+                "arguments at their defaults. Received: "
+                f"relative_damping={settings.relative_damping}, "
+                f"polyak_scaling={settings.polyak_scaling}"
             )
         if outer is not None and outer is not settings and kronecker_optimizer(outer) is settings:
             scale *= tf.cast(outer.dynamic_scale, tf.float32)

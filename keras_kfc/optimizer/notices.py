@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
-from keras_kfc.layers.instrumented import INSTRUMENTED, layers_in, told_to_fall_back
+from keras_kfc.layers.instrumented import CAPTURING_CLASSES, is_excluded, layers_in
 from keras_kfc.losses.derivatives import OutputDerivatives
 
 # Share of parameters with a block below which a line says so.
@@ -94,9 +94,9 @@ def _tell_plain_layers(model: keras.Model) -> None:
     plain = [
         layer.path
         for layer, reason in layers_in(model)
-        if type(layer) in INSTRUMENTED
+        if type(layer) in CAPTURING_CLASSES
         and layer.trainable_variables
-        and not (reason or told_to_fall_back(layer))
+        and not (reason or is_excluded(layer))
     ]
     if plain:
         _logger.warning(

@@ -44,7 +44,7 @@ def parts_of(optimizer: Any, variables: list[Any], left_out: Set[int]) -> Parts:
         variables, optimizer.add_variable, optimizer.structure, optimizer.max_factor_dim, left_out
     )
     for block in curvature.blocks:
-        variables[block.kernel].kronecker_owner = weakref.ref(optimizer)
+        variables[block.kernel].kronecker_optimizer_ref = weakref.ref(optimizer)
     progress, polyak_steps = optimizer.progress, optimizer.polyak_steps
     polyak_steps.build(optimizer.add_variable, len(variables))
     momentums = tuple(optimizer.add_optimizer_variables(variables, "momentum"))
@@ -54,11 +54,11 @@ def parts_of(optimizer: Any, variables: list[Any], left_out: Set[int]) -> Parts:
         else optimizer.add_variable_from_reference(variable, name="second_moment")
         for index, variable in enumerate(variables)
     )
-    damping = GivenDamping(lambda: optimizer.damping, optimizer.scale_free)
+    damping = GivenDamping(lambda: optimizer.damping, optimizer.relative_damping)
     rule = chosen_rule(
-        None if optimizer.polyak is None else polyak_steps,
-        optimizer.kl_clip,
-        optimizer.scale_free,
+        None if optimizer.polyak_scaling is None else polyak_steps,
+        optimizer.norm_constraint,
+        optimizer.relative_damping,
         progress,
     )
     return Parts(

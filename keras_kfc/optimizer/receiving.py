@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfc._compat.tensorflow_internals import outside_of_the_trace
-from keras_kfc.layers.instrumented import blocks_among
+from keras_kfc.layers.instrumented import parameter_groups
 from keras_kfc.optimizer.left_out import leave_out_what_has_no_statistics
 from keras_kfc.passes.automatic import take_pending
 
@@ -61,5 +61,5 @@ def _has_seen_all(capture: Any, variables: Sequence[Any]) -> bool:
     """
     if capture is None or capture.loss is None or tf.distribute.has_strategy():
         return False
-    kernels = {id(variables[index]) for index, _, _ in blocks_among(variables)}
+    kernels = {id(variables[index]) for index, _, _ in parameter_groups(variables)}
     return kernels <= set(capture.records)

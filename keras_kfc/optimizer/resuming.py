@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from keras_kfc._compat.tensorflow_internals import outside_of_the_trace
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
-from keras_kfc.layers.instrumented import blocks_among
+from keras_kfc.layers.instrumented import parameter_groups
 from keras_kfc.optimizer.archive import (
     StoredState,
     describe_blocks,
@@ -131,7 +131,7 @@ def adopt(optimizer: Any, variables: Sequence[Any]) -> bool:
         return True
     trained = optimizer.trained_variables
     kernels = {block.kernel for block in optimizer.blocks} | optimizer.waiting.left_out
-    wanted = {id(variables[kernel]) for kernel, _, _ in blocks_among(variables)}
+    wanted = {id(variables[kernel]) for kernel, _, _ in parameter_groups(variables)}
     if wanted == {id(trained[kernel]) for kernel in kernels}:
         return True
     if not (_waits(optimizer) or not optimizer.iterations.numpy()):

@@ -13,14 +13,14 @@ class Settings(Protocol):
     name: str
     momentum: float
     nesterov: bool
-    kl_clip: float | None
+    norm_constraint: float | None
     fisher: str
-    factor_decay: float
-    factor_update_period: int
+    curvature_ema: float
+    curvature_update_period: int
     inverse_update_period: int
-    scale_free: bool
-    factor_samples: int | None
-    fallback_lr_ratio: float
+    relative_damping: bool
+    factor_batch_size: int | None
+    adam_lr_ratio: float
     weight_decay: float | None
     loss_scale_factor: float | None
     gradient_accumulation_steps: int | None
@@ -28,8 +28,8 @@ class Settings(Protocol):
     draw_seed: keras.Variable
     # Counters, which the parts move.
     skipped_steps: keras.Variable
-    skipped_factor_updates: keras.Variable
-    skipped_inverse_updates: keras.Variable
+    rejected_factor_updates: keras.Variable
+    rejected_inverse_updates: keras.Variable
     # Sums over steps, where somebody watches; see `keras_kfc.monitor.CurvatureMonitor`.
     watched_steps: StepTelemetry | None
 
@@ -38,7 +38,7 @@ class Settings(Protocol):
         """`λ` of now."""
 
     @property
-    def polyak(self) -> Any:
+    def polyak_scaling(self) -> Any:
         """`c` of now, or None."""
 
     @property

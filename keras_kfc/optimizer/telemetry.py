@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-_NAMES = ("trust_scale", "gradient_norm", "update_norm")
+_NAMES = ("step_scale", "gradient_norm", "update_norm")
 
 
 class StepTelemetry:
@@ -27,17 +27,17 @@ class StepTelemetry:
             self._steps = tf.Variable(0, trainable=False)
 
     def observe(
-        self, trust_scale: tf.Tensor, gradients: Sequence[tf.Tensor], changes: Sequence[tf.Tensor]
+        self, step_scale: tf.Tensor, gradients: Sequence[tf.Tensor], changes: Sequence[tf.Tensor]
     ) -> None:
         """Adds one step.
 
         Args:
-            trust_scale: That part, a scalar.
+            step_scale: That part, a scalar.
             gradients: Gradients of all variables.
             changes: Changes of all variables.
         """
-        trust_scale = tf.cast(trust_scale, tf.float32)
-        self._sums.assign_add(tf.stack([trust_scale, _norm(gradients), _norm(changes)]))
+        step_scale = tf.cast(step_scale, tf.float32)
+        self._sums.assign_add(tf.stack([step_scale, _norm(gradients), _norm(changes)]))
         self._steps.assign_add(1)
 
     def means(self) -> dict[str, float]:

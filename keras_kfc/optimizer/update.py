@@ -63,14 +63,16 @@ class Update:
         rows = self._rows_looked_up(variables, gradients) if clipped is gradients else {}
         summed = _summed(variables, clipped, rows)
         directions = self._curvature.natural_gradient(summed)
-        quadratic = promise = _inner_product(summed, directions)
+        quadratic = predicted_decrease = _inner_product(summed, directions)
         whole = summed if clipped is gradients else _summed(variables, gradients, rows)
-        if clipped is not gradients and settings.polyak is not None and directions:
+        if clipped is not gradients and settings.polyak_scaling is not None and directions:
             # Clipping makes a step shorter. The smaller promise of a clipped gradient would
             # make it longer.
-            promise = _inner_product(whole, self._curvature.natural_gradient(whole))
+            predicted_decrease = _inner_product(whole, self._curvature.natural_gradient(whole))
             # Clipping is there for gradients whose squares overflow.
-            promise = tf.where(tf.math.is_finite(promise), promise, quadratic)
+            predicted_decrease = tf.where(
+                tf.math.is_finite(predicted_decrease), predicted_decrease, quadratic
+            )
         # The fallback rule keeps squares, which may overflow where the gradient does not.
         values = {index: part.values for index, part in rows.items()}
         parts = {**summed, **values}
@@ -83,10 +85,10 @@ class Update:
             rates: dict[int, tf.Tensor] = {}
             share = tf.ones(())
             if directions:
-                rates, share = self._rates(learning_rate, quadratic, promise, directions)
-            noise = self._progress.noise_share(promise)
+                rates, share = self._rates(learning_rate, quadratic, predicted_decrease, directions)
+            noise = self._progress.noise_share(predicted_decrease)
             corrections = bias_corrections(settings.iterations + 1)
-            fallback_rate = settings.fallback_lr_ratio * learning_rate
+            fallback_rate = settings.adam_lr_ratio * learning_rate
             changes = []
             for index, variable in variables.items():
                 if index in directions:
@@ -151,7 +153,7 @@ class Update:
         self,
         learning_rate: tf.Tensor,
         quadratic: tf.Tensor,
-        promise: tf.Tensor,
+        predicted_decrease: tf.Tensor,
         directions: Mapping[int, tf.Tensor],
     ) -> tuple[dict[int, tf.Tensor], tf.Tensor]:
         """What to multiply directions by, by index; and the mean part of the longest step allowed.
@@ -159,7 +161,7 @@ class Update:
         Args:
             learning_rate: The learning rate.
             quadratic: `g · F⁻¹ g`, a scalar.
-            promise: The same before gradients were clipped.
+            predicted_decrease: The same before gradients were clipped.
             directions: Preconditioned gradients by index.
         """
         members = {
@@ -174,12 +176,12 @@ class Update:
                 for index in range(len(self._momentums))
             ]
         )
-        polyak = self._settings.polyak
+        polyak = self._settings.polyak_scaling
         query = StepQuery(
             learning_rate=learning_rate,
             momentum=self._settings.momentum,
             scale=tf.constant(1.0) if polyak is None else tf.cast(polyak, tf.float32),
-            slope=promise,
+            slope=predicted_decrease,
             clipped_slope=quadratic,
             squares=squares,
         )

@@ -45,7 +45,7 @@ def active_capture(layer: Any) -> Capture | None:
     part = model is not None and optimizer is None
     if part:
         # Part of a model, called by the train step of the whole.
-        owner = getattr(layer.kronecker_kernel, "kronecker_owner", None)
+        owner = getattr(layer.kronecker_kernel, "kronecker_optimizer_ref", None)
         optimizer = None if owner is None else owner()
     optimizer = kronecker_optimizer(optimizer)
     kernel = layer.kronecker_kernel

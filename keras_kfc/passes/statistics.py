@@ -23,7 +23,7 @@ def batch_size_of(y_pred: Any) -> tf.Tensor:
 
 
 @dataclasses.dataclass
-class ExampleSample:
+class ExampleSubset:
     """The examples of a batch that factors are estimated from, or all of them.
 
     They follow each other from a random one on, around the end of the batch, so that
@@ -71,7 +71,7 @@ class ExampleSample:
         return taken, tf.cast(self.batch_size, tf.float32) * part / tf.maximum(whole, 1.0)
 
 
-def draw_examples(batch_size: tf.Tensor, count: int | None, seed: tf.Tensor) -> ExampleSample:
+def draw_examples(batch_size: tf.Tensor, count: int | None, seed: tf.Tensor) -> ExampleSubset:
     """Draws the examples of a batch to estimate factors from.
 
     Args:
@@ -80,10 +80,10 @@ def draw_examples(batch_size: tf.Tensor, count: int | None, seed: tf.Tensor) -> 
         seed: Two integers; others than those that targets are drawn with follow from them.
     """
     if count is None:
-        return ExampleSample(batch_size)
+        return ExampleSubset(batch_size)
     own_seed = seed + tf.constant([1 << 62, 0], seed.dtype)
     start = tf.random.stateless_uniform((), own_seed, alg="philox")
-    return ExampleSample(batch_size, count, start)
+    return ExampleSubset(batch_size, count, start)
 
 
 class Moments(Protocol):
@@ -142,7 +142,7 @@ class BatchStatistics:
 def measure(
     capture: Capture,
     outputs: OutputDerivatives,
-    sample: ExampleSample,
+    sample: ExampleSubset,
     layouts: Mapping[int, Moments],
 ) -> BatchStatistics:
     """Statistics of one batch, from one or more second backward passes.
@@ -188,7 +188,7 @@ def measure(
 def measure_ordinary(
     capture: Capture,
     scale: tf.Tensor,
-    sample: ExampleSample,
+    sample: ExampleSubset,
     layouts: Mapping[int, Moments],
 ) -> BatchStatistics:
     """Statistics of one batch, from the ordinary backward pass (empirical Fisher).
@@ -235,7 +235,7 @@ def _of_pass(layout, uses, derivatives, sample):
     return layout.from_pass(inputs, derivatives, size, _masks(uses, sample))
 
 
-def _masks(uses: Sequence[Use], sample: ExampleSample) -> list[tf.Tensor | None]:
+def _masks(uses: Sequence[Use], sample: ExampleSubset) -> list[tf.Tensor | None]:
     """The sample's share of each use's mask."""
     masks = [use.mask for use in uses]
     return [None if mask is None else sample.take([mask])[0][0] for mask in masks]

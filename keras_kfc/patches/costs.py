@@ -122,7 +122,7 @@ def cost(rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[Vie
     return total
 
 
-def numbers_held(
+def working_set_size(
     rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[View, ...]
 ) -> int:
     """How many numbers are held at a time for one example, about.

@@ -23,7 +23,7 @@ import tensorflow as tf
 from keras_kfc._compat.tensorflow_internals import compiled_by_xla
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.patches.autocorrelation import second_moment
-from keras_kfc.patches.costs import cheapest_views, numbers_held
+from keras_kfc.patches.costs import cheapest_views, working_set_size
 from keras_kfc.patches.geometry import Axis, axis_of
 from keras_kfc.patches.row_views import View
 from keras_kfc.utils.arguments import check_choice, check_positive_integer
@@ -117,7 +117,7 @@ def patch_second_moment(
     moments = _autocorrelation(rows, columns, views, groups, channels, images.dtype)
     if compiled_by_xla():
         return moments(images)
-    bytes_each = images.dtype.size * numbers_held(rows, columns, groups, channels, views)
+    bytes_each = images.dtype.size * working_set_size(rows, columns, groups, channels, views)
     return _in_slices(images, max(1, _SLICE_BYTES // bytes_each), moments)
 
 

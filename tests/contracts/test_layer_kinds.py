@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.layers.instrumented import INSTRUMENTED
+from keras_kfc.layers.instrumented import CAPTURING_CLASSES
 from keras_kfc.maps.api import LinearMap, input_factor, output_factor
 
 # A line for each layer kind: options, and shape of an example.
@@ -50,8 +50,8 @@ def stacked(layer, kernel, bias):
 
 
 def test_every_registered_kind_is_here():
-    assert set(KINDS) == {kind.__name__ for kind in INSTRUMENTED.values()}
-    assert all(getattr(keras_kfc.layers, name) in INSTRUMENTED.values() for name in KINDS)
+    assert set(KINDS) == {kind.__name__ for kind in CAPTURING_CLASSES.values()}
+    assert all(getattr(keras_kfc.layers, name) in CAPTURING_CLASSES.values() for name in KINDS)
 
 
 @pytest.mark.parametrize(("name", "options", "shape"), CASES)

@@ -87,7 +87,7 @@ def custom_loss():
     def fourth_power(y_true, y_pred):
         return tf.reduce_mean(tf.abs(y_true - y_pred) ** 4 - 3.0, axis=-1)
 
-    options = {"momentum": 0.0, "nesterov": False, "factor_samples": 5}
+    options = {"momentum": 0.0, "nesterov": False, "factor_batch_size": 5}
     return model, {"loss": fourth_power}, options
 
 
@@ -104,9 +104,9 @@ def trust_region():
     options = {
         "learning_rate": keras.optimizers.schedules.CosineDecay(0.05, 10),
         "damping": 0.05,
-        "scale_free": False,
-        "polyak": None,
-        "kl_clip": 1e-3,
+        "relative_damping": False,
+        "polyak_scaling": None,
+        "norm_constraint": 1e-3,
         "use_ema": True,
         "gradient_accumulation_steps": 2,
     }
@@ -137,7 +137,7 @@ def weights_after_training(name, steps=STEPS):
     keras.utils.set_random_seed(7)
     model, compiled, options = NETS[name]()
     model.compile(
-        keras_kfc.KFC(seed=2, fisher="exact", factor_update_period=2, **options), **compiled
+        keras_kfc.KFC(seed=2, fisher="exact", curvature_update_period=2, **options), **compiled
     )
     model.optimizer.build(model.trainable_variables)
     x, y = batches(name)
