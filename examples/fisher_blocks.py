@@ -2,7 +2,7 @@
 
 Everything here is NumPy in float64, from the definitions, for networks small enough that
 the block can be written down. With `ā_t` the patch and `Ds_t` the derivative at position t
-of one example, the gradient of the joint matrix is `Σ_t ā_t Ds_tᵀ`, and the expectation runs
+of one example, the gradient of the weights with bias is `Σ_t ā_t Ds_tᵀ`, and the expectation runs
 over examples and over targets drawn from the model's prediction:
 
     exact          E[Σ_t Σ_t' (ā_t ā_t'ᵀ) ⊗ (Ds_t Ds_t'ᵀ)]
@@ -12,7 +12,7 @@ over examples and over targets drawn from the model's prediction:
 
 Each line makes one more assumption of Grosse & Martens (2016), section 3.
 
-Shapes: N examples, C classes, T positions, n rows of the joint matrix, m output channels.
+Shapes: N examples, C classes, T positions, n rows of the weights with bias, m output channels.
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ CASES = [
 
 
 def rows_of_part(geometry, use_bias, parts, part):
-    """Rows of a group's joint matrix that belong to a part, from the definition."""
+    """Rows of a group's weights with bias that belong to a part, from the definition."""
     channels = geometry.inputs // geometry.groups
     width = -(-channels // parts)
     own = range(part * width, min((part + 1) * width, channels))

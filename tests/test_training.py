@@ -11,7 +11,7 @@ from nets import conv_net, conv_stack, flat_weights, image_batch, train
 
 import keras_kfc
 from conftest import relative_error
-from keras_kfc.optimizer.update import _growing_gaps
+from keras_kfc.optimizer.schedule import growing_periods
 
 
 def kfc(**kwargs):
@@ -181,12 +181,12 @@ def test_only_due_steps_change_factors_and_inverses():
 
 
 def test_gaps_between_updates_grow_to_the_period():
-    assert _growing_gaps(10, 10) == [1, 2, 4, 8, 10]
-    assert _growing_gaps(20, 10) == [1, 2, 4, 8, 10, 20]
-    assert _growing_gaps(100, 10) == [1, 2, 4, 8, 10, 20, 40, 80, 100]
-    assert _growing_gaps(1, 10) == _growing_gaps(1, 1) == [1]
-    assert _growing_gaps(4, 1) == [1, 2, 4]
-    assert _growing_gaps(5, 7) == [1, 2, 4, 5]
+    assert growing_periods(10, 10) == [1, 2, 4, 8, 10]
+    assert growing_periods(20, 10) == [1, 2, 4, 8, 10, 20]
+    assert growing_periods(100, 10) == [1, 2, 4, 8, 10, 20, 40, 80, 100]
+    assert growing_periods(1, 10) == growing_periods(1, 1) == [1]
+    assert growing_periods(4, 1) == [1, 2, 4]
+    assert growing_periods(5, 7) == [1, 2, 4, 5]
 
 
 def test_first_estimate_is_the_first_batch():

@@ -153,7 +153,7 @@ class KroneckerLayout:
         return output_factor(self.linear_map, derivatives, self.output_parts, masks)
 
     def multiply(self, omega: tf.Tensor, joint: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
-        """`omega D gamma` for a joint matrix D, `(G, n, m)`.
+        """`omega D gamma` for a matrix D of the layer's weights, `(G, n, m)`.
 
         The products take the same time in either order, `n m (R + t)` altogether.
 
