@@ -69,11 +69,13 @@ class WholeStepOptimizer(keras.optimizers.Optimizer):
     # What Keras calls. A rename of the first makes Keras call `update_step`, which there is none
     # of; `tests/test_compat.py` tells of the others.
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
         self.take_step(grads, trainable_variables, learning_rate)
 
-    def _clip_gradients(self, grads):
+    def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
         return grads
 
-    def _apply_weight_decay(self, variables):
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         pass

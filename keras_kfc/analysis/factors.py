@@ -96,7 +96,7 @@ def kronecker_factors(
         return _factors(model, x, y, examples, _loss_of(model, loss), fisher, batch_size, seed)
 
 
-def _length_of(name, data):
+def _length_of(name: str, data: Any) -> int:
     """Number of examples in a structure of arrays."""
     lengths = set()
     for part in keras.tree.flatten(data):
@@ -115,7 +115,7 @@ def _length_of(name, data):
     return lengths.pop()
 
 
-def _loss_of(model, loss):
+def _loss_of(model: keras.Model, loss: Any) -> Any:
     if loss is not None:
         return compile_loss(loss, model)
     compiled = compiled_loss_of(model)
@@ -127,13 +127,22 @@ def _loss_of(model, loss):
     return compiled
 
 
-def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
+def _factors(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    examples: int,
+    compiled: Any,
+    fisher: str,
+    batch_size: int,
+    seed: int,
+) -> dict[str, KroneckerFactors]:
     if not model.built:
         _call(model, _slice(x, 0, 1))
 
     noted: list[bool] = []  # one line for all batches and traces
 
-    def batch_sums(inputs, targets, batch_seed):
+    def batch_sums(inputs: Any, targets: Any, batch_seed: tf.Tensor) -> dict[str, list[tf.Tensor]]:
         with Capture() as capture:
             outputs = _call(model, inputs)
         size = batch_size_of(outputs)
@@ -168,13 +177,13 @@ def _factors(model, x, y, examples, compiled, fisher, batch_size, seed):
     }
 
 
-def _call(model, inputs):
+def _call(model: keras.Model, inputs: Any) -> Any:
     return model(inputs, training=False) if takes_training(model) else model(inputs)
 
 
-def _slice(structure, start, stop):
+def _slice(structure: Any, start: int, stop: int) -> Any:
     return keras.tree.map_structure(lambda part: tf.convert_to_tensor(part[start:stop]), structure)
 
 
-def _squeeze(factor):
+def _squeeze(factor: np.ndarray) -> np.ndarray:
     return factor[0] if factor.shape[0] == 1 else factor

@@ -178,7 +178,7 @@ class KroneckerLayout:
         columns = tf.reshape(tf.transpose(columns, (0, 2, 1, 3)), (groups, rows, -1))
         return columns[:, :, : joint.shape[2]]
 
-    def _split_rows(self, joint):
+    def _split_rows(self, joint: tf.Tensor) -> tf.Tensor:
         """`(G, n, m)` to `(G * P, R, m)`."""
         if self.input_parts == 1:
             return joint
@@ -197,7 +197,7 @@ class KroneckerLayout:
             kernel = tf.concat((kernel, bias), axis=2)
         return tf.reshape(kernel, (groups * self.input_parts, -1, columns))
 
-    def _join_rows(self, parts):
+    def _join_rows(self, parts: tf.Tensor) -> tf.Tensor:
         """Undoes `_split_rows`."""
         if self.input_parts == 1:
             return parts

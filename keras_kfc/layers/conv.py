@@ -1,6 +1,7 @@
 """Convolutions that record their patches' statistics."""
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from keras_kfc.layers.instrumented import KroneckerLayer, instruments
@@ -37,7 +38,7 @@ class Conv2D(KroneckerLayer, keras.layers.Conv2D):
             data_format=self.data_format,
         )
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Convolves, adds the bias, records, and applies the activation."""
         outputs = self.convolution_op(inputs, self.kernel)
         if self.use_bias:

@@ -1,6 +1,7 @@
 """The one-dimensional convolution that records its patches' statistics."""
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from keras_kfc.layers.instrumented import KroneckerLayer, instruments
@@ -37,7 +38,7 @@ class Conv1D(KroneckerLayer, keras.layers.Conv1D):
             data_format=self.data_format,
         )
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Convolves, adds the bias, records, and applies the activation."""
         padded, padding = inputs, self.padding
         if padding == "causal":

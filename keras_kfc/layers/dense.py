@@ -1,6 +1,7 @@
 """The dense layer that records its inputs."""
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from keras_kfc.layers.instrumented import KroneckerLayer, instruments
@@ -29,7 +30,7 @@ class Dense(KroneckerLayer, keras.layers.Dense):
         """The layer's `DenseMap`."""
         return DenseMap(*self.kronecker_kernel.shape)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Multiplies, adds the bias, records, and applies the activation."""
         outputs = ops.matmul(inputs, self.kernel)
         if self.bias is not None:

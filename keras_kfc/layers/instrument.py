@@ -207,7 +207,7 @@ def coverage(model: keras.Model) -> Coverage:
     return Coverage(entries)
 
 
-def _reason_without_block(layer):
+def _reason_without_block(layer: keras.Layer) -> str:
     """Why the fallback rule trains a layer that a capture could reach, or an empty string."""
     if isinstance(layer, KroneckerLayer):
         if not layer.built:
@@ -222,12 +222,12 @@ def _reason_without_block(layer):
     return "no block for this class"
 
 
-def _forget_traces(model):
+def _forget_traces(model: keras.Model) -> None:
     """Drops functions traced with the former classes."""
     model.train_function = model.test_function = model.predict_function = None
 
 
-def _require_model(model):
+def _require_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(
             "Argument `model` must be an instance of `keras.Model`. Received: "

@@ -146,7 +146,9 @@ def strip_layer(layer: Any) -> bool:
     return changed
 
 
-def _strip_and_quantize(layer, quantize, *args, **kwargs):
+def _strip_and_quantize(
+    layer: Any, quantize: Callable[..., None], *args: Any, **kwargs: Any
+) -> None:
     kind = type(layer)
     # Keras refuses subclasses.
     stripped = kind.can_be_quantised and kind in _PLAIN and strip_layer(layer)

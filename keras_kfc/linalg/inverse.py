@@ -49,7 +49,7 @@ def _damped_inverse_of_shape(
     """The graph function behind `damped_inverse`, traced once for each shape."""
     smallest = dtype.as_numpy_dtype(10 * resolution(dtype))
 
-    def invert(matrix, shift):
+    def invert(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
         diagonal = tf.linalg.diag_part(matrix)
         trace = tf.reduce_sum(diagonal, axis=1)
         shift = tf.maximum(shift, smallest * trace)
@@ -64,11 +64,11 @@ def _damped_inverse_of_shape(
         usable, scale = tf.reshape(usable, of_matrices), tf.reshape(scale, of_matrices)
         damped = tf.linalg.set_diag(tf.where(usable, matrix, 0.0), diagonal) / scale
 
-        def by_cholesky():
+        def by_cholesky() -> tf.Tensor:
             root = inverse_root(damped, largest)
             return tf.matmul(root, root, transpose_a=True)
 
-        def by_lu():
+        def by_lu() -> tf.Tensor:
             inverse = tf.linalg.inv(damped)
             return 0.5 * (inverse + tf.linalg.matrix_transpose(inverse))
 
@@ -101,10 +101,10 @@ def inverse_root(matrix: tf.Tensor, largest: int = 64) -> tf.Tensor:
     count = tf.shape(matrix)[:1] if matrix.shape[0] is None else matrix.shape[:1]
 
     @functools.cache
-    def identity(size):
+    def identity(size: int) -> tf.Tensor:
         return tf.eye(size, batch_shape=count, dtype=matrix.dtype)
 
-    def root_of(matrix):
+    def root_of(matrix: tf.Tensor) -> tf.Tensor:
         size = matrix.shape[-1]
         if size <= largest:
             return tf.linalg.triangular_solve(tf.linalg.cholesky(matrix), identity(size))

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_kfc.linalg.damping import BlockTraces, concat, shifts_of
+from keras_kfc.linalg.damping import BlockShape, BlockTraces, concat, shifts_of
 from keras_kfc.linalg.inverse import damped_inverse
 
 
@@ -45,7 +45,15 @@ def invert_blocks(
     )
 
 
-def _invert_all(omegas, gammas, omega_traces, gamma_traces, shapes, damping, network_mean):
+def _invert_all(
+    omegas: Sequence[tf.Tensor],
+    gammas: Sequence[tf.Tensor],
+    omega_traces: tf.Tensor,
+    gamma_traces: tf.Tensor,
+    shapes: tuple[BlockShape, ...],
+    damping: tf.Tensor,
+    network_mean: tf.Tensor | None,
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     factors = [*omegas, *gammas]
     shifts = shifts_of(
         omegas, gammas, BlockTraces(omega_traces, gamma_traces, shapes), damping, network_mean

@@ -33,23 +33,23 @@ from keras_kfc.losses.terms import LossTerm
 Curvature = Callable[..., tf.Tensor]
 
 
-def _mean(curvature):
+def _mean(curvature: tf.Tensor) -> tf.Tensor:
     return curvature / tf.cast(tf.shape(curvature)[-1], curvature.dtype)
 
 
-def _poisson(y_true, y_pred):
+def _poisson(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     del y_true
     return _mean(tf.where(y_pred > 0, 1 / (y_pred + keras.config.epsilon()), 0))
 
 
-def _squared_logarithm(y_true, y_pred):
+def _squared_logarithm(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     del y_true
     # Keras cuts predictions off there, and the loss is flat below.
     bends = y_pred > keras.config.epsilon()
     return _mean(tf.where(bends, 2 / tf.square(1 + tf.maximum(y_pred, 0)), 0))
 
 
-def _divergence(y_true, y_pred):
+def _divergence(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     size = tf.reduce_sum(y_true, -1, keepdims=True)
     predicted = tf.reduce_sum(y_pred, -1, keepdims=True)
     curvature = tf.math.divide_no_nan(size, predicted * y_pred)
@@ -57,12 +57,12 @@ def _divergence(y_true, y_pred):
     return tf.where(y_pred > keras.config.epsilon(), curvature, 0)
 
 
-def _huber(y_true, y_pred, delta=1.0):
+def _huber(y_true: tf.Tensor, y_pred: tf.Tensor, delta: float = 1.0) -> tf.Tensor:
     delta = tf.cast(delta, y_pred.dtype)
     return _mean(delta / tf.maximum(tf.abs(y_pred - y_true), delta))
 
 
-def _log_cosh(y_true, y_pred):
+def _log_cosh(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     error = y_pred - y_true
     small = tf.abs(error) < 1e-4
     one = tf.ones_like(error)

@@ -80,7 +80,7 @@ def output_derivatives(
     notes = list(dict.fromkeys(family.note for family in families if family.note))
     is_empirical = any(family.is_empirical for family in families)
 
-    def seed_of(number, index=0):
+    def seed_of(number: int, index: int | tf.Tensor = 0) -> tf.Tensor:
         # The second entry counts steps: draws of one step must not return in the next.
         column = tf.cast(index, seed.dtype) * (1 << 32)
         return seed + tf.stack([tf.constant(number << 32, seed.dtype), column])
@@ -99,7 +99,7 @@ def output_derivatives(
         )
     counts = [part.count_columns() for part in parts]
 
-    def columns(index):
+    def columns(index: tf.Tensor) -> list[tf.Tensor]:
         tensors, first = [], 0
         for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
             # Outside of the part's own range the one-hot choice is all zeros.

@@ -67,7 +67,7 @@ class ElementwiseView:
         total = tf.reduce_sum(tf.math.multiply_no_nan(tf.abs(self.values), weights))
         self.typical_value = tf.math.divide_no_nan(total, tf.reduce_sum(weights))
 
-    def _arrange(self, values, axes):
+    def _arrange(self, values: tf.Tensor, axes: Sequence[int] | None) -> None:
         """Finds which axes of the outputs are elements, and which belong to one element."""
         rank, shape = self._point.shape.rank, self._point.shape
         own = None if axes is None else sorted(axis % rank for axis in axes)
@@ -114,13 +114,13 @@ class ElementwiseView:
         hessian = (hessian + tf.linalg.matrix_transpose(hessian)) / 2
         return tf.where(tf.math.is_finite(hessian), hessian, 0)
 
-    def _like_point(self, tensor):
+    def _like_point(self, tensor: tf.Tensor) -> tf.Tensor:
         shape = tf.gather(tf.shape(self._point), self._order)
         back = [self._order.index(axis) for axis in range(len(self._order))]
         tensor = tf.transpose(tf.reshape(tensor, shape), back)
         return tf.ensure_shape(tensor, self._point.shape)
 
-    def _evaluate(self, point):
+    def _evaluate(self, point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         if self._link is not None:
             outputs = self._link(point)
             set_logits(outputs, point)
@@ -129,7 +129,7 @@ class ElementwiseView:
             outputs = tf.identity(point)
         return loss_values(self._term, outputs, point.dtype)
 
-    def _derivatives(self, direction):
+    def _derivatives(self, direction: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor | None]:
         """The gradient of `Σ_e ℓ_e`, and the Hessian times a direction if one is given."""
         zero = tf.UnconnectedGradients.ZERO
         point = tf.identity(self._point)
@@ -146,7 +146,7 @@ class ElementwiseView:
         )
         return gradient, product
 
-    def _link_of(self, outputs) -> Callable[[tf.Tensor], tf.Tensor] | None:
+    def _link_of(self, outputs: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor] | None:
         """The activation that made outputs of logits, if it is a softmax or a sigmoid."""
         logits = logits_of(outputs)
         if logits is None:
@@ -159,7 +159,7 @@ class ElementwiseView:
                 return link
         return None
 
-    def _uses_logits(self):
+    def _uses_logits(self) -> bool:
         outputs = tf.identity(at_least_float32(self._term.y_pred))
         logits = at_least_float32(tf.identity(logits_of(self._term.y_pred)))
         set_logits(outputs, logits)
@@ -186,7 +186,7 @@ def independent(view: ElementwiseView) -> tuple[tf.Tensor, tf.Tensor]:
     """
     shape, dtype = tf.shape(view.gradient), view.gradient.dtype
 
-    def draw(shape, number):
+    def draw(shape: tf.Tensor, number: int) -> tf.Tensor:
         return tf.random.stateless_uniform(shape, (number, 0), -1, 1, dtype, alg="philox")
 
     z, t = draw(shape, 1), draw(tf.concat((shape[:2], [1]), 0), 2)
@@ -197,7 +197,7 @@ def independent(view: ElementwiseView) -> tuple[tf.Tensor, tf.Tensor]:
     return diagonal, _same(view.hessian_times(t * z), t * product)
 
 
-def _same(one, other):
+def _same(one: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
     """Whether tensors are equal up to rounding; broken numbers are equal to nothing."""
     error = tf.norm(one - other)
     return error <= 1e-3 * (tf.norm(one) + tf.norm(other))

@@ -60,7 +60,7 @@ class EmpiricalDerivatives:
             for tensor in self._derivatives
         ]
 
-    def _differentiate(self, term):
+    def _differentiate(self, term: LossTerm) -> list[tf.Tensor]:
         outputs = tf.identity(self.sources[0])
         watched = [outputs]
         if len(self.sources) == 2:

@@ -70,7 +70,7 @@ class OutputHessian:
         chosen = tf.reshape(chosen, tf.concat(([1], self._shape[1:]), axis=0))
         return self._finish(tf.broadcast_to(chosen, self._shape))
 
-    def _finish(self, z):
+    def _finish(self, z: tf.Tensor) -> list[tf.Tensor]:
         scale = tf.cast(self._view.scale, z.dtype)
         # A masked element counts as nothing even where its loss is broken.
         return [self._view.like_source(tf.math.multiply_no_nan(self._root(z), scale))]
@@ -98,7 +98,7 @@ def checked_root(view: ElementwiseView) -> Root:
     if view.size is None or view.size > LARGEST_BLOCK:
         return lambda z: tf.where(is_diagonal, diagonal * z, view.gradient * z[..., :1])
 
-    def rank_one():
+    def rank_one() -> tf.Tensor:
         first = tf.one_hot(0, view.size, dtype=view.gradient.dtype)
         return view.gradient[..., None] * first
 
@@ -115,12 +115,12 @@ def closed_form_root(view: ElementwiseView, curvature: tf.Tensor) -> Root:
     return _multiplier(view.by_elements(curvature))
 
 
-def _multiplier(diagonal):
+def _multiplier(diagonal: tf.Tensor) -> Root:
     root = tf.sqrt(diagonal)
     return lambda z: root * z
 
 
-def _positive_diagonal(view):
+def _positive_diagonal(view: ElementwiseView) -> tf.Tensor:
     """Second derivatives, or what stands in for them, by elements."""
     second = view.hessian_times(tf.ones_like(view.gradient))
     outputs = tf.cast(tf.shape(second)[-1], second.dtype)
@@ -129,7 +129,7 @@ def _positive_diagonal(view):
     return tf.where(second > _NOTHING * instead, second, instead)
 
 
-def _positive_block_root(view):
+def _positive_block_root(view: ElementwiseView) -> tf.Tensor:
     """`(B, E, n, n)`, a matrix R with `R Rᵀ` the positive part of each element's Hessian."""
     eigenvalues, vectors = tf.linalg.eigh(view.blocks())
     root = vectors * tf.sqrt(tf.maximum(eigenvalues, 0))[..., None, :]

@@ -29,13 +29,13 @@ def random_signs(shape: Any, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     return tf.reshape(tf.where(bits < 0, -tf.ones((), dtype), tf.ones((), dtype)), shape)
 
 
-def _mixed(state):
+def _mixed(state: tf.Tensor) -> tf.Tensor:
     state = (state ^ _shifted(state, 30)) * _FIRST
     state = (state ^ _shifted(state, 27)) * _SECOND
     return state ^ _shifted(state, 31)
 
 
-def _shifted(state, places):
+def _shifted(state: tf.Tensor, places: int) -> tf.Tensor:
     """Shifts to the right, with zeros coming in, which TensorFlow does for unsigned types only."""
     moved = tf.bitwise.right_shift(state, tf.constant(places, state.dtype))
     return moved & ((1 << (64 - places)) - 1)

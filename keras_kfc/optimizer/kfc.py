@@ -4,6 +4,7 @@ The class holds the arguments and the parts (`keras_kfc.optimizer.parts`), and g
 """
 
 import random
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -12,12 +13,13 @@ from keras_kfc._compat.keras_internals import compile_loss
 from keras_kfc._compat.whole_step import WholeStepOptimizer
 from keras_kfc.optimizer import arguments, resuming
 from keras_kfc.optimizer.hyperparameter import Hyperparameter
-from keras_kfc.optimizer.memory import usage_of
+from keras_kfc.optimizer.memory import MemoryUsage, usage_of
 from keras_kfc.optimizer.notices import Notices
 from keras_kfc.optimizer.parts import Parts, parts_of
 from keras_kfc.optimizer.receiving import receive_pass
 from keras_kfc.optimizer.telemetry import StepTelemetry
 from keras_kfc.passes.automatic import PendingCaptures, take_pending
+from keras_kfc.passes.capture import Capture
 from keras_kfc.placement.current import current_placement
 from keras_kfc.steps.loss_trend import Progress
 from keras_kfc.steps.polyak import PolyakSteps
@@ -80,10 +82,8 @@ class KFC(WholeStepOptimizer):
         curvature_ema: Decay of the moving averages of the factors for one
             update, in [0, 1); batches count by their examples, and small ones are
             forgotten more slowly, unless it is 0. Defaults to `0.95`.
-        curvature_update_period: Steps between updates of the factors, the paper's `T_s`. Defaults
-            to `10`.
-        inverse_update_period: Steps between updates of the inverses, the paper's `T_f`. Defaults
-            to `20`.
+        curvature_update_period: Steps between factor updates, the paper's `T_s`. Defaults to `10`.
+        inverse_update_period: Steps between inverse updates, the paper's `T_f`. Defaults to `20`.
         relative_damping: Whether `damping` and `norm_constraint` are relative, as above, or
             absolute, as in the paper. Defaults to `True`.
         factor_batch_size: Number of examples of a batch to estimate factors from, drawn anew for
@@ -141,33 +141,33 @@ class KFC(WholeStepOptimizer):
 
     def __init__(
         self,
-        learning_rate=0.03,
-        damping=0.2,
-        momentum=0.9,
-        nesterov=True,
-        polyak_scaling=1.0,
-        norm_constraint=None,
-        fisher="sampled",
-        curvature_ema=0.95,
-        curvature_update_period=10,
-        inverse_update_period=20,
-        relative_damping=True,
-        factor_batch_size=None,
-        structure="kronecker",
-        max_factor_dim=2048,
-        adam_lr_ratio=0.2,
-        seed=None,
-        weight_decay=0.02,
-        clipnorm=None,
-        clipvalue=None,
-        global_clipnorm=None,
-        use_ema=False,
-        ema_momentum=0.99,
-        ema_overwrite_frequency=None,
-        loss_scale_factor=None,
-        gradient_accumulation_steps=None,
-        name=None,
-        **kwargs,
+        learning_rate: Any = 0.03,
+        damping: Any = 0.2,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        polyak_scaling: Any = 1.0,
+        norm_constraint: float | None = None,
+        fisher: str = "sampled",
+        curvature_ema: float = 0.95,
+        curvature_update_period: int = 10,
+        inverse_update_period: int = 20,
+        relative_damping: bool = True,
+        factor_batch_size: int | None = None,
+        structure: str = "kronecker",
+        max_factor_dim: int | None = 2048,
+        adam_lr_ratio: float = 0.2,
+        seed: int | None = None,
+        weight_decay: float | None = 0.02,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         base = {argument: given[argument] for argument in arguments.KERAS_ARGUMENTS}
@@ -187,19 +187,18 @@ class KFC(WholeStepOptimizer):
         self.pending_captures = PendingCaptures()
         self.waiting = resuming.Waiting()
         self.watched_steps: StepTelemetry | None = None
-        # What `build` makes.
-        self.parts: Parts | Any = None
+        self.parts: Parts | Any = None  # what `build` makes
 
-    def _counter(self, name, initial=0):
+    def _counter(self, name: str, initial: int = 0) -> keras.Variable:
         initializer = keras.initializers.Constant(initial)
         return self.add_variable((), initializer=initializer, dtype="int64", name=name)
 
     @property
-    def blocks(self):
+    def blocks(self) -> list[Any]:
         """The blocks, one for each covered layer; empty before `build`."""
         return [] if self.parts is None else list(self.parts.curvature.blocks)
 
-    def build(self, variables):
+    def build(self, variables: list[Any]) -> None:
         """Creates factors, inverses and momenta for a list of trainable variables."""
         if self.built:
             return
@@ -208,11 +207,13 @@ class KFC(WholeStepOptimizer):
         self.parts = parts_of(self, variables, self.waiting.all_left_out())
         resuming.take_waiting(self)
 
-    def update_factors(self, capture, loss=None, y_true=None, y_pred=None, sample_weight=None):
+    def update_factors(
+        self, capture: Capture, loss: Any = None, y_true: Any = None, y_pred: Any = None,
+        sample_weight: Any = None,
+    ) -> None:  # fmt: skip
         """Updates the factors from one forward pass, if that is due.
 
-        `fit` does this by itself; custom training loops call it between the
-        forward pass and `apply_gradients`.
+        `fit` does this itself; custom loops call it between the forward pass and `apply_gradients`.
 
         Args:
             capture: The `keras_kfc.Capture` that was open during the forward pass.
@@ -231,7 +232,7 @@ class KFC(WholeStepOptimizer):
         value = compiled(y_true, y_pred, sample_weight)
         self.parts.measuring.take_in(capture, compiled, y_true, y_pred, sample_weight, value)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
         """Updates the variables, after taking in a pending forward pass.
 
         Args:
@@ -244,21 +245,23 @@ class KFC(WholeStepOptimizer):
         receive_pass(self, grads, trainable_variables)
         super().apply(grads, trainable_variables)
 
-    def take_step(self, gradients, variables, learning_rate):
+    def take_step(
+        self, gradients: Sequence[Any], variables: Sequence[Any], learning_rate: Any
+    ) -> None:
         """Takes a step with all gradients at once; Keras calls this."""
         current_placement().run_once(self.parts.measuring.refresh_inverses)
         by_index = {self.index_of(variable): variable for variable in variables}
         self.parts.update.take(by_index, gradients, self.clipped(gradients), learning_rate)
 
-    def has_block(self, kernel):
+    def has_block(self, kernel: keras.Variable) -> bool:
         """Whether a kernel variable has a block, or may get one in `build`."""
         return not self.built or self.parts.curvature.has_block(kernel)
 
-    def adopt(self, variables):
+    def adopt(self, variables: Sequence[Any]) -> bool:
         """Builds anew if layers were instrumented since; False if training would be lost."""
         return resuming.adopt(self, variables)
 
-    def memory_usage(self, variables=None):
+    def memory_usage(self, variables: Sequence[Any] | None = None) -> MemoryUsage:
         """Tells what factors, inverses and momenta take, layer by layer.
 
         Args:
@@ -274,22 +277,22 @@ class KFC(WholeStepOptimizer):
         """
         return usage_of(self, variables)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Stores all variables, and how they are laid out."""
         resuming.save(self, store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Takes over stored variables, all or none."""
         resuming.load(self, store)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Configuration from which `from_config` makes an equal optimizer."""
         settable = {s.name: s.serialized(self) for s in (KFC.damping, KFC.polyak_scaling)}
         own = {name: getattr(self, name) for name in arguments.CHECKS}
         return super().get_config() | settable | own
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "KFC":
         """Makes an optimizer from its configuration."""
         config = arguments.under_present_names(config)
         for settable in (cls.damping, cls.polyak_scaling):

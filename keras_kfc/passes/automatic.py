@@ -122,7 +122,7 @@ def watch_loss(model: Any) -> None:
         return
     original = compiled.call
 
-    def call(y_true, y_pred, sample_weight=None):
+    def call(y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         value = original(y_true, y_pred, sample_weight)
         optimizer = kronecker_optimizer(model.optimizer)
         pending = (

@@ -7,6 +7,7 @@ has recorded, whatever is differentiated.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -25,7 +26,7 @@ def with_probe(use: Any) -> tf.Tensor:
     reference = weakref.ref(use)
 
     @tf.custom_gradient
-    def probe(tensor):
+    def probe(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         return tf.identity(tensor), lambda derivative: _received(reference, derivative)
 
     return probe(use.pre_activation)
@@ -45,7 +46,9 @@ def _received(reference: "weakref.ref[Any]", derivative: tf.Tensor) -> tf.Tensor
     # Depends on the pre-activation by name only, so that a tape that watches the layer
     # records it even where the derivative itself is a constant.
     @tf.custom_gradient
-    def second_probe(tensor, _):
+    def second_probe(
+        tensor: tf.Tensor, _: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, None]]]:
         return tf.identity(tensor), lambda upstream: (_differentiated(reference, upstream), None)
 
     return second_probe(derivative, use.pre_activation)

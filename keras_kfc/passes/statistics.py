@@ -159,7 +159,7 @@ def measure(
     keys = [key for key in capture.records if key in layouts]
     uses: dict[int, Sequence[Use]] = {}
 
-    def one_pass(index):
+    def one_pass(index: int | tf.Tensor) -> list[tuple[tf.Tensor, ...]]:
         derivatives = capture.differentiate(outputs.sources, outputs.derivatives(index))
         moments = []
         for key in keys:
@@ -214,10 +214,15 @@ def measure_ordinary(
     return _joined(moments, uses, sample, layouts)
 
 
-def _joined(moments, uses, sample, layouts):
+def _joined(
+    moments: Mapping[int, tuple[tf.Tensor, ...]],
+    uses: Mapping[int, Sequence[Use]],
+    sample: ExampleSubset,
+    layouts: Mapping[int, Moments],
+) -> BatchStatistics:
     """Statistics of all layers: moments of the inputs, then those of the backward passes."""
 
-    def of_inputs(key):
+    def of_inputs(key: int) -> tuple[tf.Tensor, ...]:
         inputs, size = sample.take([use.dense_inputs() for use in uses[key]])
         return layouts[key].from_inputs(inputs, size, _masks(uses[key], sample))
 
@@ -228,7 +233,12 @@ def _joined(moments, uses, sample, layouts):
     )
 
 
-def _of_pass(layout, uses, derivatives, sample):
+def _of_pass(
+    layout: Moments,
+    uses: Sequence[Use],
+    derivatives: Sequence[tf.Tensor],
+    sample: ExampleSubset,
+) -> tuple[tf.Tensor, ...]:
     inputs = [use.dense_inputs() for use in uses] if layout.needs_inputs else []
     taken, size = sample.take([*inputs, *derivatives])
     inputs, derivatives = taken[: len(inputs)], taken[len(inputs) :]

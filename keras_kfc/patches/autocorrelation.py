@@ -19,7 +19,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_kfc.patches.geometry import Axis, RowSum, row_plan
+from keras_kfc.patches.geometry import Axis, RowPlan, RowSum, row_plan
 from keras_kfc.patches.row_views import View, pad
 
 # How many bytes of Gram matrices are weighed at a time.
@@ -81,7 +81,7 @@ def _batches(sums: Sequence[RowSum], size: int) -> list[list[tuple[RowSum, ...]]
     return batches
 
 
-def _phases(images, axis):
+def _phases(images: tf.Tensor, axis: Axis) -> list[tf.Tensor]:
     """Rows 0, s, 2s, ..., rows 1, s + 1, ... and so on, each `(B, rows, W, G, J)`."""
     stride = axis.stride
     if stride == 1:
@@ -157,10 +157,10 @@ class _Rows:
         )
 
 
-def _grams(phase_rows, wanted):
+def _grams(phase_rows: Sequence[_Rows], wanted: Sequence[Any]) -> tf.Tensor:
     """Gram matrices for one sum over all rows or several over one row, `(..., V, V)`.
 
-    The leading axes hold `(n, P, G)`, whatever their number.
+    The leading axes hold `(n, P, G)`, whatever their number. `wanted` holds a `RowSum` for each.
     """
     first, second = phase_rows[wanted[0].phase], phase_rows[wanted[0].other_phase]
     if wanted[0].row is None:
@@ -172,7 +172,7 @@ def _grams(phase_rows, wanted):
     return tf.transpose(grams, (1, 0, 2, 3)) if grams.shape.rank == 4 else grams
 
 
-def _shifted_gram(first, second, shift):
+def _shifted_gram(first: _Rows, second: _Rows, shift: int) -> tf.Tensor:
     """Sum over rows q of `first[q]ᵀ second[q + shift]`, `(Z * V, V)` or `(Z, V, V)`."""
     if shift == 0:
         return _product(first.together, second.together)
@@ -202,12 +202,12 @@ def _shifted_gram(first, second, shift):
     return tf.concat((first.as_matrix(grams), last), axis=0)
 
 
-def _product(first, second):
+def _product(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
     """`firstᵀ second`, over the last axis but one."""
     return tf.matmul(first, second, transpose_a=True)
 
 
-def _join(grams):
+def _join(grams: Sequence[tf.Tensor]) -> tf.Tensor:
     """Joins Gram matrices along the first of all leading axes."""
     if len(grams) == 1:
         return grams[0]
@@ -217,7 +217,7 @@ def _join(grams):
     )
 
 
-def _column_sums(grams, view, taps, groups, channels):
+def _column_sums(grams: tf.Tensor, view: View, taps: int, groups: int, channels: int) -> tf.Tensor:
     """Weighs Gram matrices, S times `(P, G, D * J, D * J)`, into sums `(S, G, kw * J, kw * J)`."""
     planes, columns = view.planes, view.columns
     grams = tf.reshape(grams, (-1, planes, groups, columns, channels, columns, channels))
@@ -230,7 +230,7 @@ def _column_sums(grams, view, taps, groups, channels):
     return tf.reshape(sums, (count, groups, taps * channels, taps * channels))
 
 
-def _assemble(sums, plan, taps, zeros):
+def _assemble(sums: Sequence[tf.Tensor], plan: RowPlan, taps: int, zeros: tf.Tensor) -> tf.Tensor:
     """Joins the sums for all pairs of tap rows to `(G, K, K)`."""
     known: dict[tuple[tuple[int, int], ...], tuple[tf.Tensor, tf.Tensor]] = {}
     blocks = [[zeros] * taps for _ in range(taps)]

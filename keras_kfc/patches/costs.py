@@ -43,7 +43,9 @@ def cheapest_views(
 
 
 @functools.lru_cache(maxsize=512)
-def _cheapest(rows, columns, groups, channels, form):
+def _cheapest(
+    rows: Axis, columns: Axis, groups: int, channels: int, form: str | None
+) -> tuple[View, ...] | None:
     def candidates() -> Iterator[tuple[View, ...]]:
         if form != "windows" and spectral_period(columns) <= _LONGEST:
             yield spectral_views(columns, _parts(rows, columns))
@@ -51,7 +53,7 @@ def _cheapest(rows, columns, groups, channels, form):
             for outputs in range(1, max(1, min(columns.outputs, 32)) + 1):
                 yield window_views(columns, outputs)
 
-    def sizable(views):
+    def sizable(views: tuple[View, ...]) -> bool:
         return all(
             view.planes * (view.columns * columns.taps) ** 2 <= _MOST_WEIGHTS
             and (form is not None or view.columns * channels <= _WIDEST)

@@ -14,7 +14,7 @@ Shapes: B examples, J input channels, G groups, K = kh * kw * J / G.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -217,7 +217,7 @@ def _autocorrelation(
 ) -> Any:
     """A graph function that layers of the same geometry share, so that it is traced once."""
 
-    def moments(images):
+    def moments(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         images = images[:, : rows.size, : columns.size]
         # Sum over examples first: what is left is one image.
         total = sum_of_rows(tf.reshape(images, (-1, rows.size * columns.size * groups * channels)))
@@ -242,10 +242,17 @@ def _tap_counts(axis: Axis) -> np.ndarray:
     return counts
 
 
-def _im2col(images, kernel, strides, padding, dilation, groups):
+def _im2col(
+    images: tf.Tensor,
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    padding: str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> tuple[tf.Tensor, tf.Tensor]:
     """The sums by laying out patches, a slice of the batch at a time."""
 
-    def moments(part):
+    def moments(part: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         patches = extract_patches(part, kernel, strides, padding, dilation, groups)
         return gram(patches), sum_of_rows(patches)
 
@@ -262,7 +269,11 @@ def _im2col(images, kernel, strides, padding, dilation, groups):
     return _in_slices(images, size, moments)
 
 
-def _in_slices(images, size, moments):
+def _in_slices(
+    images: tf.Tensor,
+    size: int | tf.Tensor,
+    moments: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Sums `moments` of slices of the batch, `size` images at a time."""
     batch = images.shape[0]
     if isinstance(size, int) and batch is not None and batch <= size:
@@ -272,7 +283,7 @@ def _in_slices(images, size, moments):
     slices = tf.reshape(images[: count * size], tf.concat(((count, size), shape[1:]), axis=0))
     slices.set_shape((None, None, *images.shape[1:]))
 
-    def add_slice(number, moment, total):
+    def add_slice(number: tf.Tensor, moment: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, ...]:
         more, more_total = moments(slices[number])
         return number + 1, moment + more, total + more_total
 

@@ -69,7 +69,7 @@ def window_views(axis: Axis, outputs_per_window: int) -> tuple[View, ...]:
     # A window is a run of whole hops, and what is left of it.
     pieces = [(first, min(hop, width - hop * first)) for first in range(-(-width // hop))]
 
-    def lay_out(images):
+    def lay_out(images: tf.Tensor) -> tf.Tensor:
         rows, _, groups, channels = images.shape[1:]
         stop = start + hop * (count - 1 + len(pieces))
         images = images[:, :, :stop]
@@ -111,7 +111,7 @@ def spectral_views(axis: Axis, parts: int) -> tuple[View, ...]:
     phases = [offset % axis.stride for offset in axis.offsets]
     angles = np.pi * np.arange(1, period, 2) / period
 
-    def weights(chosen):
+    def weights(chosen: slice) -> np.ndarray:
         shape = (axis.taps, axis.taps, len(angles[chosen]), axis.stride, 2, axis.stride, 2)
         made = np.zeros(shape)
         for j, k in itertools.product(range(axis.taps), repeat=2):
@@ -122,7 +122,7 @@ def spectral_views(axis: Axis, parts: int) -> tuple[View, ...]:
             block[:, 0, 1] = -block[:, 1, 0]
         return made.reshape(axis.taps**2, -1)
 
-    def lay_out(images, chosen):
+    def lay_out(images: tf.Tensor, chosen: slice) -> tf.Tensor:
         rows, _, groups, channels = images.shape[1:]
         images = pad(images, ((0, axis.stride * columns - axis.size), *[(0, 0)] * 4))
         # Real and imaginary part of the transform, as rows.
@@ -171,10 +171,10 @@ def _border_views(axis: Axis, surplus: Iterable[int]) -> list[View]:
         return []
     start, stop = min(seen), max(seen) + 1
 
-    def weights():
+    def weights() -> np.ndarray:
         return -_count_positions(axis, surplus, start, stop - start)
 
-    def lay_out(images):
+    def lay_out(images: tf.Tensor) -> tf.Tensor:
         rows, _, groups, channels = images.shape[1:]
         border = tf.transpose(images[:, :, start:stop], (3, 1, 0, 2, 4))
         return tf.reshape(border, (1, groups, rows, -1, (stop - start) * channels))

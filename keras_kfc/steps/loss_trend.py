@@ -106,7 +106,9 @@ class Progress:
         self._examples.assign(examples)
         self.lowest_known.assign(tf.cast(lowest_known, tf.int64))
 
-    def _joined(self, excess, count, complete):
+    def _joined(
+        self, excess: tf.Tensor, count: tf.Tensor, complete: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Mean and number of examples of all parts of a batch; 0 examples until it is complete."""
         together = self._part_examples + count
         mean = self._part + tf.math.divide_no_nan(count, together) * (excess - self._part)
