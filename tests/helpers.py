@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from keras_kfc.linalg.damping import block_traces
@@ -46,3 +47,15 @@ def inverses_of(omegas, gammas, shapes, damping, relative):
     traces = block_traces(omegas, gammas, shapes)
     network_mean = traces.total / traces.size if relative else None
     return invert_blocks(omegas, gammas, traces, tf.constant(damping), network_mean)
+
+
+def few(cases, quick):
+    """Cases of a test, of which the first few run with the quick tests, all with the slow ones."""
+    return [case if number < quick else _slow(case) for number, case in enumerate(cases)]
+
+
+def _slow(case):
+    if hasattr(case, "marks"):
+        return pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow], id=case.id)
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.slow)

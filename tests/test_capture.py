@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import relative_error
@@ -190,7 +191,7 @@ def dense_after_dropout(where):
 
 @pytest.mark.parametrize(
     ("where", "run_eagerly"),
-    [("first", True), ("between", True), ("between", False), ("nested", True)],
+    few([("first", True), ("between", True), ("between", False), ("nested", True)], 2),
 )
 @pytest.mark.parametrize("arguments", [{}, {"training": False}], ids=["untold", "inference"])
 def test_a_train_step_that_does_not_say_that_it_trains(where, run_eagerly, arguments, caplog):

@@ -31,6 +31,10 @@ def squares_of_examples(layer, inputs, weights_of_outputs):
     return layer.linear_map.stack_bias(tf.constant(means[0]), bias).numpy()
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 LAYERS = [
     (lambda **kw: keras_kfc.layers.Dense(3, **kw), (4,)),
     (lambda **kw: keras_kfc.layers.Dense(3, **kw), (5, 4)),
@@ -40,9 +44,9 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("use_bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("make", "shape"), LAYERS)
-@pytest.mark.parametrize("slice_bytes", [2**27, 3000, 1])
+@pytest.mark.parametrize("slice_bytes", [*map(slow, (2**27, 1)), 3000])
 def test_diagonal_is_the_mean_square_of_derivatives(
     make, shape, use_bias, slice_bytes, monkeypatch
 ):

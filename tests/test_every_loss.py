@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import relative_error
@@ -131,12 +132,15 @@ class Own(keras.losses.Loss):
 @pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "loss",
-    [
-        in_batch_contrast,
-        pytest.param(scalar, marks=pytest.mark.slow),
-        pytest.param(elementwise, marks=pytest.mark.slow),
-        Own(),
-    ],
+    few(
+        [
+            in_batch_contrast,
+            pytest.param(scalar, marks=pytest.mark.slow),
+            pytest.param(elementwise, marks=pytest.mark.slow),
+            Own(),
+        ],
+        1,
+    ),
 )
 def test_losses_of_a_users_own_train_and_one_line_tells(loss, fisher, caplog):
     with caplog.at_level(logging.INFO, "keras_kfc"):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import relative_error
@@ -151,16 +152,19 @@ def assert_factors(blocks, expected):
 
 @pytest.mark.parametrize(
     ("order", "mode"),
-    [
-        ("discriminator first", "eager"),
-        pytest.param("discriminator first", "graph", marks=pytest.mark.slow),
-        ("discriminator first", "loop"),
-        pytest.param("generator first", "eager", marks=pytest.mark.slow),
-        ("generator first", "graph"),
-        pytest.param("generator first", "unrolled", marks=pytest.mark.slow),
-        ("both", "eager"),
-        pytest.param("both", "graph", marks=pytest.mark.slow),
-    ],
+    few(
+        [
+            ("discriminator first", "eager"),
+            pytest.param("discriminator first", "graph", marks=pytest.mark.slow),
+            ("discriminator first", "loop"),
+            pytest.param("generator first", "eager", marks=pytest.mark.slow),
+            ("generator first", "graph"),
+            pytest.param("generator first", "unrolled", marks=pytest.mark.slow),
+            ("both", "eager"),
+            pytest.param("both", "graph", marks=pytest.mark.slow),
+        ],
+        1,
+    ),
 )
 def test_factors_of_a_gan_are_those_of_each_network_and_its_own_loss(order, mode, caplog):
     model = GAN(order)

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers import few
 from keras import layers
 from nets import conv_net, flat_weights, image_batch, train
 
@@ -60,7 +61,7 @@ def leaf_names(paths):
     return [path.split("/")[-1] for path in paths]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few(MODELS, 2))
 def test_every_layer_is_covered_and_trained(name):
     build, expected = MODELS[name]
     images, _ = image_batch()

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 from keras import layers as plain_layers
 
 import keras_kfc
@@ -36,7 +37,7 @@ def twins(name, options):
     return pair
 
 
-@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+@pytest.mark.parametrize(("name", "options", "shape"), few(CASES, 4))
 def test_layers_train_as_keras_layers_do(name, options, shape):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(6, *shape)).astype("float32")

@@ -145,6 +145,7 @@ def test_every_attribute_exists_from_the_start():
     }
 
 
+@pytest.mark.slow
 def test_weights_of_the_optimizer_have_one_order():
     """Keras restores optimizer variables by position."""
     orders = []

@@ -5,6 +5,7 @@ import nets
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from keras_kfc import KFC
@@ -94,7 +95,7 @@ CLIPPINGS = {
 }
 
 
-@pytest.mark.parametrize("name", CLIPPINGS)
+@pytest.mark.parametrize("name", few(CLIPPINGS, 1))
 def test_gradients_are_clipped_before_they_are_preconditioned(name, reference):
     clipped = fitted(kfc(polyak_scaling=None, weight_decay=None, **{name: 0.05}))
     assert_equal_weights(
@@ -284,6 +285,7 @@ def test_options_together():
     assert_equal_weights(fitted(kfc(**optimizer), **options), eager, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_schedules_follow_the_iterations(reference):
     constant = keras.optimizers.schedules.PiecewiseConstantDecay
     same = kfc(learning_rate=constant([2], [0.03, 0.03]), damping=constant([2], [0.2, 0.2]))

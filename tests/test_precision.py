@@ -5,6 +5,7 @@ import nets
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import naive_gamma, relative_error
@@ -45,7 +46,8 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    ("policy", "tolerance"), [("mixed_float16", 0.02), ("mixed_bfloat16", 0.02), ("float64", 1e-5)]
+    ("policy", "tolerance"),
+    few([("mixed_float16", 0.02), ("mixed_bfloat16", 0.02), ("float64", 1e-5)], 1),
 )
 def test_factors_are_those_of_float32(policy, tolerance, reference):
     model = compiled(policy=policy)
@@ -69,7 +71,7 @@ def test_layers_choose_their_own_policy(reference):
     assert_factors_equal(mixed.optimizer, reference.optimizer, 1e-4)
 
 
-@pytest.mark.parametrize("initial_scale", [1.0, 2.0**12])
+@pytest.mark.parametrize("initial_scale", few([1.0, 2.0**12], 2))
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_the_loss_scale_does_not_reach_the_factors(initial_scale, fisher):
     expected = compiled(KFC(fisher=fisher))
@@ -97,13 +99,16 @@ class OwnLoss(keras.Sequential):
 
 @pytest.mark.parametrize(
     ("policy", "scale", "tolerance"),
-    [
-        ("float32", None, 1e-5),
-        ("mixed_float16", 1.0, 0.02),
-        ("mixed_float16", 2.0**12, 0.02),
-        ("mixed_bfloat16", None, 0.02),
-        ("float64", None, 1e-5),
-    ],
+    few(
+        [
+            ("float32", None, 1e-5),
+            ("mixed_float16", 1.0, 0.02),
+            ("mixed_float16", 2.0**12, 0.02),
+            ("mixed_bfloat16", None, 0.02),
+            ("float64", None, 1e-5),
+        ],
+        2,
+    ),
 )
 def test_the_ordinary_backward_pass_is_unscaled(policy, scale, tolerance):
     """The empirical Fisher matrix of a custom loss knows what the loss was multiplied by."""
@@ -204,6 +209,7 @@ def fitted_in_float16(model):
     return history.history.get("error"), np.concatenate([w.ravel() for w in model.get_weights()])
 
 
+@pytest.mark.slow
 def test_a_loss_scale_that_nobody_can_tell_changes_nothing():
     losses, weights = fitted_in_float16(parts_in_float16(2.0))
     others, other_weights = fitted_in_float16(parts_in_float16(2.0**10))

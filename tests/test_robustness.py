@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 from nets import build_optimizer, conv_net, conv_stack, flat_weights, image_batch
 
 import keras_kfc
@@ -37,7 +38,7 @@ def traced():
     return model, [(variable, variable.numpy()) for variable in variables]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("value", few([np.nan, np.inf, -np.inf, 1e30], 3))
 @pytest.mark.parametrize("first", [True, False])
 def test_broken_inputs_leave_no_trace(value, first, traced):
     model, start = traced

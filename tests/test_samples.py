@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 from nets import conv_net, image_batch, train
 
 import keras_kfc
@@ -21,7 +22,7 @@ def factors(partition, sample, inputs, derivatives):
 
 
 @pytest.mark.parametrize("rows_per_example", [1, 4])
-@pytest.mark.parametrize("count", [1, 2, 5, 6, 9])
+@pytest.mark.parametrize("count", few([1, 2, 5, 6, 9], 3))
 def test_the_mean_over_all_samples_is_the_factor_of_the_batch(rows_per_example, count):
     """Which is what unbiased means: every start is as likely as the others."""
     rng = np.random.default_rng(0)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import relative_error
@@ -88,6 +89,7 @@ def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
     np.testing.assert_allclose(weights, solution, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_unit_of_a_loss_whose_lowest_value_is_not_known_changes_nothing():
     """Nor does it change how fast weights decay."""
     rng = np.random.default_rng(4)
@@ -113,7 +115,7 @@ def test_the_unit_of_a_loss_whose_lowest_value_is_not_known_changes_nothing():
 
 @pytest.mark.parametrize(
     ("soft", "momentum", "nesterov"),
-    [(True, 0.0, True), (True, 0.9, True), (True, 0.9, False), (False, 0.9, True)],
+    few([(True, 0.0, True), (True, 0.9, True), (True, 0.9, False), (False, 0.9, True)], 1),
 )
 def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nesterov):
     """What one gradient moves in all, momentum included, takes `polyak_scaling (L - L₀)` off, to

@@ -45,6 +45,7 @@ def test_xla_trains_as_graph_mode_does():
     assert relative_error(compiled, plain) < 1e-4
 
 
+@pytest.mark.slow
 def test_models_built_in_any_way_train_alike(reference):
     instrumented = keras_kfc.instrument(conv_net(keras.layers))
     assert relative_error(train(instrumented, kfc()), reference) < 1e-6

@@ -29,8 +29,12 @@ MAPS = {
     "conv": (Conv2DMap((2, 2), 3, 4), (6, 4, 5, 3), (6, 3, 4, 4)),
     "groups": (Conv2DMap((2, 2), 4, 6, groups=2), (6, 4, 5, 4), (6, 3, 4, 6)),
 }
+QUICK = {("dense", True), ("groups", False)}
 CASES = [
-    (name, case, bias) for name in STRUCTURE_OPTIONS for case in MAPS for bias in (True, False)
+    pytest.param(name, case, bias, marks=() if (case, bias) in QUICK else pytest.mark.slow)
+    for name in STRUCTURE_OPTIONS
+    for case in MAPS
+    for bias in (True, False)
 ]
 every = pytest.mark.parametrize(("name", "case", "use_bias"), CASES)
 
