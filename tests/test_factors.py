@@ -13,7 +13,7 @@ from conftest import naive_gamma, naive_omega, relative_error, softmax
 from keras_kfc.maps.api import input_factor, output_factor
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
-from keras_kfc.patches.moment import extract_patches
+from keras_kfc.patches.im2col import extract_patches
 
 KERNELS = [(1, 1), (2, 2), (3, 3), (5, 5), (2, 3), (3, 1)]
 GEOMETRIES = [

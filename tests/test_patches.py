@@ -10,11 +10,12 @@ import tensorflow as tf
 from helpers import few
 
 from conftest import naive_patches, output_geometry, relative_error
-from keras_kfc.patches import moment
+from keras_kfc.patches import im2col, moment
 from keras_kfc.patches.autocorrelation import second_moment
 from keras_kfc.patches.costs import cheapest_views
 from keras_kfc.patches.geometry import axis_of, row_plan
-from keras_kfc.patches.moment import FORMS, extract_patches, patch_second_moment
+from keras_kfc.patches.im2col import extract_patches
+from keras_kfc.patches.moment import FORMS, patch_second_moment
 from keras_kfc.patches.row_views import spectral_views, window_views
 
 KERNELS = [(1, 1), (2, 2), (3, 3), (5, 5), (2, 3), (3, 1), (1, 4)]
@@ -200,7 +201,8 @@ def test_image_size_may_be_unknown(jit_compile):
 def test_slices_of_the_batch_add_up(monkeypatch, form, jit_compile, batch):
     """Slices of two images, with and without one left over."""
     images = normal(batch, 6, 7, 2)
-    monkeypatch.setattr(moment, "_SLICE_BYTES", 2 * 7 * 8 * 18 * 8)
+    for module in (moment, im2col):
+        monkeypatch.setattr(module, "SLICE_BYTES", 2 * 7 * 8 * 18 * 8)
     if form != "im2col":
         monkeypatch.setattr(moment, "working_set_size", lambda *_: 7 * 8 * 18)
     function = tf.function(

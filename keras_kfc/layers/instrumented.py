@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import layers_within
 from keras_kfc._compat.layer_hooks import TellsWhenBuilt, kernel_of
+from keras_kfc.layers.api import LayerKind
 from keras_kfc.maps.api import LinearMap
 from keras_kfc.passes.automatic import active_capture
 
@@ -189,7 +190,7 @@ def exclude_layer(layer: keras.Layer, excluded: bool) -> None:
     (_EXCLUDED.add if excluded else _EXCLUDED.discard)(layer)
 
 
-def parameter_groups(variables: Sequence[Any]) -> Iterator[tuple[int, Any, int | None]]:
+def parameter_groups(variables: Sequence[Any]) -> Iterator[tuple[int, LayerKind, int | None]]:
     """The Kronecker blocks that a list of trainable variables gives.
 
     Args:

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import tensorflow as tf
 
-from keras_kfc.patches.moment import gram
+from keras_kfc.linalg.products import gram
 
 
 class LinearMap(Protocol):

@@ -5,7 +5,8 @@ import dataclasses
 import tensorflow as tf
 
 from keras_kfc.linalg.precision import at_least_float32
-from keras_kfc.patches.moment import extract_patches, patch_second_moment
+from keras_kfc.patches.im2col import extract_patches
+from keras_kfc.patches.moment import patch_second_moment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import dataclasses
 import tensorflow as tf
 
 from keras_kfc.linalg.precision import at_least_float32
+from keras_kfc.linalg.products import gram, sum_of_rows
 from keras_kfc.maps.api import split_columns
-from keras_kfc.patches.moment import gram, sum_of_rows
 
 
 @dataclasses.dataclass(frozen=True)

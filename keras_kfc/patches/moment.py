@@ -14,7 +14,7 @@ Shapes: B examples, J input channels, G groups, K = kh * kw * J / G.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,15 @@ import tensorflow as tf
 
 from keras_kfc._compat.tensorflow_internals import compiled_by_xla
 from keras_kfc.linalg.precision import at_least_float32
+from keras_kfc.linalg.products import sum_of_rows
 from keras_kfc.patches.autocorrelation import second_moment
 from keras_kfc.patches.costs import cheapest_views, working_set_size
 from keras_kfc.patches.geometry import Axis, axis_of
+from keras_kfc.patches.im2col import SLICE_BYTES, in_slices, moments_by_patches
 from keras_kfc.patches.row_views import View
 from keras_kfc.utils.arguments import check_choice, check_positive_integer
 
 FORMS = ("spectral", "windows", "im2col")
-# Bytes of patches, or of what autocorrelation takes instead, that are held at a time.
-_SLICE_BYTES = 2**27
 
 
 def patch_second_moment(
@@ -100,7 +100,7 @@ def patch_second_moment(
                 f"Argument `form` can be {form!r} only for images of known height and width. "
                 f"Received: inputs of shape {tuple(inputs.shape)}"
             )
-        return _im2col(images, kernel, strides, padding, dilation, groups)
+        return moments_by_patches(images, kernel, strides, padding, dilation, groups)
     rows, columns = (
         axis_of(size, taps, stride, padding, rate)
         for size, taps, stride, rate in zip(sizes, kernel, strides, dilation, strict=True)
@@ -113,68 +113,12 @@ def patch_second_moment(
     if form != "im2col":
         views = cheapest_views(rows, columns, groups, channels, form)
     if views is None:
-        return _im2col(images, kernel, strides, padding, dilation, groups)
+        return moments_by_patches(images, kernel, strides, padding, dilation, groups)
     moments = _autocorrelation(rows, columns, views, groups, channels, images.dtype)
     if compiled_by_xla():
         return moments(images)
     bytes_each = images.dtype.size * working_set_size(rows, columns, groups, channels, views)
-    return _in_slices(images, max(1, _SLICE_BYTES // bytes_each), moments)
-
-
-def extract_patches(
-    images: tf.Tensor,
-    kernel_size: Sequence[int],
-    strides: Sequence[int] = (1, 1),
-    padding: str = "valid",
-    dilation_rate: Sequence[int] = (1, 1),
-    groups: int = 1,
-) -> tf.Tensor:
-    """Lays out every patch of a batch of images as one row.
-
-    Args:
-        images: `(B, H, W, J)`.
-        kernel_size: `(kh, kw)`.
-        strides: As in `keras.layers.Conv2D`.
-        padding: `"valid"` or `"same"`.
-        dilation_rate: As in `keras.layers.Conv2D`.
-        groups: Number of channel groups; each sees its own `J / G` channels.
-
-    Returns:
-        Patches, `(G, B * H_out * W_out, K)`, in the dtype of `images`.
-    """
-    channels = images.shape[-1]
-    kernel_height, kernel_width = kernel_size
-    if kernel_height == kernel_width == 1:
-        # A 1x1 kernel sees single pixels: a strided slice, no gathering.
-        rows = images[:, :: strides[0], :: strides[1], :] if max(strides) > 1 else images
-    else:
-        rows = tf.image.extract_patches(
-            images,
-            sizes=(1, kernel_height, kernel_width, 1),
-            strides=(1, *strides, 1),
-            rates=(1, *dilation_rate, 1),
-            padding=padding.upper(),
-        )
-    taps = kernel_height * kernel_width
-    if groups == 1:
-        return tf.reshape(rows, (1, -1, taps * channels))
-    rows = tf.reshape(rows, (-1, taps, groups, channels // groups))
-    rows = tf.transpose(rows, (2, 0, 1, 3))
-    return tf.reshape(rows, (groups, -1, taps * channels // groups))
-
-
-def gram(rows: tf.Tensor) -> tf.Tensor:
-    """Sums of outer products `Σ_r r rᵀ`: `(G, N, n)` to `(G, n, n)`."""
-    if rows.shape[0] == 1:  # one matrix is multiplied faster than a batch of one
-        matrix = tf.squeeze(rows, axis=0)
-        return tf.expand_dims(tf.matmul(matrix, matrix, transpose_a=True), 0)
-    return tf.matmul(rows, rows, transpose_a=True)
-
-
-def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
-    """Sum over the last axis but one; as a product, which is faster than a reduction."""
-    ones = tf.ones((*rows.shape[:-2], 1, tf.shape(rows)[-2]), rows.dtype)
-    return tf.squeeze(ones @ rows, axis=-2)
+    return in_slices(images, max(1, SLICE_BYTES // bytes_each), moments)
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
@@ -240,59 +184,3 @@ def _tap_counts(axis: Axis) -> np.ndarray:
     for tap in range(axis.taps):
         counts[tap, axis.seen(tap, tap)] = 1
     return counts
-
-
-def _im2col(
-    images: tf.Tensor,
-    kernel: tuple[int, int],
-    strides: tuple[int, int],
-    padding: str,
-    dilation: tuple[int, int],
-    groups: int,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The sums by laying out patches, a slice of the batch at a time."""
-
-    def moments(part: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        patches = extract_patches(part, kernel, strides, padding, dilation, groups)
-        return gram(patches), sum_of_rows(patches)
-
-    if kernel == strides == (1, 1):
-        return moments(images)
-    shape = tf.shape(images, tf.int64)
-    taps = kernel[0] * kernel[1]
-    positions = (shape[1] // strides[0] + 1) * (shape[2] // strides[1] + 1)
-    bytes_each = images.dtype.size * images.shape[-1] * taps * positions
-    size = tf.maximum(_SLICE_BYTES // tf.maximum(bytes_each, 1), 1)
-    if compiled_by_xla():
-        # Not even a slice that is never taken may be longer than the batch.
-        size = tf.maximum(tf.minimum(size, shape[0]), 1)
-    return _in_slices(images, size, moments)
-
-
-def _in_slices(
-    images: tf.Tensor,
-    size: int | tf.Tensor,
-    moments: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sums `moments` of slices of the batch, `size` images at a time."""
-    batch = images.shape[0]
-    if isinstance(size, int) and batch is not None and batch <= size:
-        return moments(images)
-    shape = tf.shape(images, tf.int64)
-    count = shape[0] // size
-    slices = tf.reshape(images[: count * size], tf.concat(((count, size), shape[1:]), axis=0))
-    slices.set_shape((None, None, *images.shape[1:]))
-
-    def add_slice(number: tf.Tensor, moment: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        more, more_total = moments(slices[number])
-        return number + 1, moment + more, total + more_total
-
-    # What is left over comes first; its sums have the shapes that the loop needs.
-    start = moments(images[count * size :])
-    _, moment, total = tf.while_loop(
-        lambda number, *_: number < count,
-        add_slice,
-        (tf.zeros((), tf.int64), *start),
-        parallel_iterations=1,
-    )
-    return moment, total

@@ -14,6 +14,8 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import relative_error
+from keras_kfc.curvature.api import STRUCTURES
+from keras_kfc.layers.api import LayerKind
 from keras_kfc.layers.instrumented import CAPTURING_CLASSES
 from keras_kfc.maps.api import LinearMap, input_factor, output_factor
 
@@ -86,6 +88,21 @@ def test_derivatives_become_rows_of_all_positions(name, options, shape):
 
 
 @pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_rows_are_what_moments_are_of(name, options, shape):
+    layer, inputs, _ = layer_and_inputs(name, options, shape)
+    linear_map = layer.linear_map
+    rows = linear_map.input_rows(inputs).numpy()
+    positions = int(linear_map.count_positions(inputs))
+    assert rows.shape == (linear_map.groups, positions, linear_map.kernel_rows)
+    moment, total = linear_map.input_moments(inputs)
+    assert relative_error(moment, rows.transpose(0, 2, 1) @ rows) < 1e-12
+    assert relative_error(total, rows.sum(1)) < 1e-12
+    # Positions of an example follow each other.
+    first = linear_map.input_rows(inputs[:1]).numpy()
+    np.testing.assert_array_equal(rows[:, : first.shape[1]], first)
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
 def test_weights_are_stacked_and_unstacked(name, options, shape):
     layer, _, _ = layer_and_inputs(name, options, shape)
     linear_map = layer.linear_map
@@ -103,8 +120,10 @@ def test_weights_are_stacked_and_unstacked(name, options, shape):
 @pytest.mark.parametrize(("name", "options", "shape"), CASES)
 def test_the_map_has_the_members_of_the_protocol(name, options, shape):
     layer, _, _ = layer_and_inputs(name, options, shape)
-    for member, _ in inspect.getmembers(LinearMap):
-        assert member.startswith("_") or hasattr(layer.linear_map, member), member
+    for protocol, thing in ((LinearMap, layer.linear_map), (LayerKind, layer)):
+        for member, _ in inspect.getmembers(protocol):
+            assert member.startswith("_") or hasattr(thing, member), member
+    assert layer.curvature_structure in {None, *STRUCTURES}
 
 
 @pytest.mark.parametrize("name", KINDS)

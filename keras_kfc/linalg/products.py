@@ -1,0 +1,17 @@
+"""Sums over the rows of matrices, as products of matrices."""
+
+import tensorflow as tf
+
+
+def gram(rows: tf.Tensor) -> tf.Tensor:
+    """Sums of outer products `Σ_r r rᵀ`: `(G, N, n)` to `(G, n, n)`."""
+    if rows.shape[0] == 1:  # one matrix is multiplied faster than a batch of one
+        matrix = tf.squeeze(rows, axis=0)
+        return tf.expand_dims(tf.matmul(matrix, matrix, transpose_a=True), 0)
+    return tf.matmul(rows, rows, transpose_a=True)
+
+
+def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
+    """Sum over the last axis but one; as a product, which is faster than a reduction."""
+    ones = tf.ones((*rows.shape[:-2], 1, tf.shape(rows)[-2]), rows.dtype)
+    return tf.squeeze(ones @ rows, axis=-2)
