@@ -31,6 +31,12 @@ KINDS = {
         ({"filters": 4, "kernel_size": 3, "strides": 2, "padding": "same", "groups": 2}, (6, 5, 4)),
         ({"filters": 3, "kernel_size": 2, "dilation_rate": 2, "use_bias": False}, (6, 5, 3)),
     ],
+    "Conv3D": [
+        ({"filters": 4, "kernel_size": (2, 3, 2)}, (4, 5, 3, 2)),
+        ({"filters": 4, "kernel_size": 3, "strides": (2, 1, 2), "padding": "same"}, (5, 4, 6, 2)),
+        ({"filters": 4, "kernel_size": (3, 1, 2), "groups": 2, "padding": "same"}, (4, 3, 4, 6)),
+        ({"filters": 3, "kernel_size": 2, "dilation_rate": 2, "use_bias": False}, (6, 5, 4, 3)),
+    ],
     "Dense": [
         ({"units": 3}, (4,)),
         ({"units": 3, "use_bias": False}, (5, 4)),
