@@ -15,3 +15,4 @@ for _module in pkgutil.iter_modules(__path__):
 globals().update({kind.__name__: kind for kind in CAPTURING_CLASSES.values()})
 
 __all__ = ["Conv2D", "Dense"]
+__all__ += sorted({kind.__name__ for kind in CAPTURING_CLASSES.values()} - set(__all__))
