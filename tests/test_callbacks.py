@@ -8,6 +8,7 @@ import nets
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from keras_kfc import KFC
@@ -54,7 +55,9 @@ def test_watching_changes_nothing():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow), {"run_eagerly": True}],
+    few(
+        [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow), {"run_eagerly": True}], 1
+    ),
 )
 def test_norm_of_the_update_is_that_of_the_change_of_the_weights(options):
     model, steps = compiled(**options), Steps()
@@ -241,6 +244,7 @@ class Twins(keras.Model):
         return self.second(self.first(inputs))
 
 
+@pytest.mark.slow
 def test_layers_of_one_path_have_numbers_of_their_own(tmp_path):
     model = Twins()
     model.compile(KFC(), "mse")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import naive_gamma, naive_omega, relative_error
@@ -110,7 +111,7 @@ def test_rows_of_the_weights_match_the_patches():
     np.testing.assert_allclose(np.append(x[0].ravel(), 1.0) @ weights, s)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", few(OPTIONS, 2))
 def test_the_layer_computes_and_trains_as_keras_own(options):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(6, 9, 4)).astype("float32"), rng.normal(size=(6, 1)).astype("float32")
@@ -144,6 +145,7 @@ def test_a_model_is_instrumented_and_has_the_factors_of_its_data():
     assert relative_error(block.gamma[0], np.eye(3) * 2 / 24) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_net_of_convolutions_learns_faster_than_with_the_fallback_rule():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(256, 12, 2)).astype("float32")

@@ -167,7 +167,7 @@ def one_layer():
     return keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3, name="head")])
 
 
-@pytest.mark.parametrize("loss", [in_batch_contrast, scalar])
+@pytest.mark.parametrize("loss", few([in_batch_contrast, scalar], 1))
 def test_what_depends_on_the_whole_batch_has_the_empirical_fisher(loss):
     targets = ONE_HOT if loss is in_batch_contrast else SCORES
     exact, empirical = (
@@ -203,7 +203,7 @@ def test_other_outputs_keep_their_fisher_matrix(caplog):
     assert len(lines(caplog)) == 1
 
 
-@pytest.mark.parametrize("reduction", ["none", None])
+@pytest.mark.parametrize("reduction", few(["none", None], 1))
 def test_losses_that_are_not_reduced_train_on_their_sum(reduction):
     """As with any optimizer in Keras, which differentiates the sum of a vector."""
     weights = []
@@ -220,6 +220,7 @@ def test_losses_that_are_not_reduced_train_on_their_sum(reduction):
     assert relative_error(*weights) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_scalar_loss_beside_one_that_is_not_reduced_counts_once_for_each_value():
     """Keras adds it to each of them."""
     keras.utils.set_random_seed(1)

@@ -89,6 +89,7 @@ def by_export_archive(model, folder):
 @pytest.mark.parametrize(
     "export", [by_model_export, pytest.param(by_export_archive, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_saved_model_is_that_of_the_plain_model(export, models, tmp_path):
     images, _ = nets.image_batch(seed=5)
     np.save(tmp_path / "images.npy", images)

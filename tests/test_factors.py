@@ -204,6 +204,7 @@ def test_sampled_converges_to_exact_as_draws_grow():
     assert relative_error(empirical, exact["conv"].gamma) > 4 * errors[256]
 
 
+@pytest.mark.slow
 def test_sampled_factors_repeat_under_a_seed():
     first, again = (two_layer_factors("sampled", seed=5)[-1] for _ in range(2))
     other = two_layer_factors("sampled", seed=6)[-1]

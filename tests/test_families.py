@@ -171,7 +171,7 @@ def examples(derivatives):
     return tensor.numpy().reshape(len(tensor), len(WEIGHTS), -1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(CASES, 7))
 def test_columns_make_up_the_matrix_of_each_example(case):
     part, expected = part_and_matrix(case)
     columns = examples(
@@ -287,7 +287,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", few(TRAINED, 2))
 def test_training_gives_each_row_its_own_weight(case):
     loss, y, activation, options = TRAINED[case]
     gamma, expected = hidden_gamma_and_ggn(loss, y, activation, **options)

@@ -102,6 +102,7 @@ def test_validation_and_prediction_between_epochs_change_nothing(reference):
     assert_equal_weights(model, reference)
 
 
+@pytest.mark.slow
 def test_callbacks_that_only_watch_change_nothing(reference, tmp_path):
     model = compiled(metrics=["accuracy"])
     callbacks = [

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 from nets import conv_net, flat_weights, image_batch
 
 import keras_kfc
@@ -128,7 +129,7 @@ def fit(model, epochs):
     return flat_weights(model)
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize("run_eagerly", few([True, False], 1))
 def test_layers_with_a_gradient_penalty_leave_the_others_their_blocks(run_eagerly, caplog):
     model = penalised(run_eagerly=run_eagerly)
     fit(model, 2)
@@ -186,7 +187,7 @@ def test_blocks_that_have_statistics_stay(caplog):
     assert np.isfinite(after).all() and relative_error(after, before) > 0
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], 1))
 def test_gradients_without_statistics_train_by_the_fallback_rule(eager, caplog):
     results = []
     for layers in (keras_kfc.layers, keras.layers):

@@ -113,6 +113,7 @@ def test_a_shared_layer_has_one_block_of_all_its_uses():
     assert np.abs(after - before).max() > 0
 
 
+@pytest.mark.slow
 def test_one_layer_in_two_models():
     """Each model's optimizer has a block of its own for it, from its own data alone."""
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)
@@ -144,6 +145,7 @@ def test_one_layer_in_two_models():
 
 
 @pytest.mark.parametrize("run_eagerly", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_two_models_in_turn_train_as_each_alone(run_eagerly):
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)
     alone = [

@@ -104,6 +104,7 @@ def test_gradients_are_clipped_before_they_are_preconditioned(name, reference):
     assert_other_weights(clipped, reference)
 
 
+@pytest.mark.slow
 def test_a_clipped_gradient_makes_a_step_shorter():
     """Polyak's rule by itself would make it longer: a smaller gradient promises less."""
     options = {"momentum": 0.0, "polyak_scaling": 0.01, "adam_lr_ratio": 0.0, "weight_decay": None}
@@ -200,6 +201,7 @@ class Trajectory(keras.callbacks.Callback):
         self.weights.append([np.asarray(v) for v in self.model.trainable_variables])
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_the_moving_average_of_the_trajectory():
     model = net()
     model.compile(kfc(), LOSS)
@@ -221,6 +223,7 @@ def factors_on(model, x):
     return keras_kfc.kronecker_factors(model, x, loss=LOSS, fisher="exact")
 
 
+@pytest.mark.slow
 def test_factors_see_every_micro_batch_of_an_accumulated_step():
     x, _ = batches()
     model = net()
@@ -252,12 +255,15 @@ def test_accumulated_micro_batches_are_one_batch():
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"steps_per_execution": 3},
-        {"run_eagerly": True},
-        {"jit_compile": False},
-        {"jit_compile": "auto"},
-    ],
+    few(
+        [
+            {"steps_per_execution": 3},
+            {"run_eagerly": True},
+            {"jit_compile": False},
+            {"jit_compile": "auto"},
+        ],
+        2,
+    ),
     ids=lambda options: "-".join(map(str, *options.items())),
 )
 def test_ways_to_run_a_step_make_no_difference(options, reference):

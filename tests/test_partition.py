@@ -218,6 +218,7 @@ def test_wide_layers_train_in_parts_and_are_told_with_figures(caplog):
     assert "now 2 blocks of 28 rows (12.2 KiB, 4.4e+04 products)" in message
 
 
+@pytest.mark.slow
 def test_a_limit_that_no_factor_reaches_changes_nothing(caplog):
     images = np.random.default_rng(0).normal(size=(32, 4, 4, 6)).astype("float32")
     weights = []

@@ -80,6 +80,7 @@ def test_two_epochs_and_two_more_are_four(way, uninterrupted, tmp_path):
     assert_same_state(resumed, uninterrupted)
 
 
+@pytest.mark.slow
 def test_another_seed_would_show(uninterrupted, tmp_path):
     """Negative control: the random draws matter."""
     model = compiled()

@@ -13,7 +13,7 @@ from keras_kfc.optimizer.adam import adam_step, bias_corrections
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(
-    ("norm_constraint", "polyak_scaling"), [(None, None), (1e-3, None), (None, 0.01)]
+    ("norm_constraint", "polyak_scaling"), few([(None, None), (1e-3, None), (None, 0.01)], 2)
 )
 def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, polyak_scaling):
     keras.config.set_floatx("float64")
