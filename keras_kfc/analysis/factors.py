@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import compile_loss, compiled_loss_of, takes_training
 from keras_kfc.curvature.layout import KroneckerLayout
-from keras_kfc.layers.instrument import instrumented
+from keras_kfc.layers.instrument import temporarily_instrumented
 from keras_kfc.losses.derivatives import FISHERS, output_derivatives
 from keras_kfc.losses.terms import loss_terms
 from keras_kfc.passes.capture import Capture
@@ -92,7 +92,7 @@ def kronecker_factors(
             f"Argument `y` must have as many examples as `x`, {examples}. "
             f"Received: {_length_of('y', y)}"
         )
-    with instrumented(model):
+    with temporarily_instrumented(model):
         return _factors(model, x, y, examples, _loss_of(model, loss), fisher, batch_size, seed)
 
 

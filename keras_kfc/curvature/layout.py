@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc.linalg.damping import BlockShape
-from keras_kfc.maps.api import LinearMap, input_factor, output_factor, split_columns
+from keras_kfc.maps.api import LinearMap, input_factor, output_factor, pad_and_split_columns
 from keras_kfc.utils.texts import bytes_text
 
 
@@ -170,7 +170,7 @@ class KroneckerLayout:
             omega, joint, gamma = (tf.squeeze(part, axis=0) for part in (omega, joint, gamma))
             return tf.expand_dims(omega @ joint @ gamma, 0)
         joint = self._join_rows(omega @ self._split_rows(joint))
-        columns = split_columns(joint, self.output_parts) @ gamma
+        columns = pad_and_split_columns(joint, self.output_parts) @ gamma
         if self.output_parts == 1:
             return columns
         groups, rows = joint.shape[:2]

@@ -20,7 +20,7 @@ from keras_kfc.layers.instrumented import (
     exclude_layer,
     instrument_layer,
     is_marked,
-    layers_in,
+    layers_with_reasons,
     mark_kernel,
     strip_layer,
     unmark_kernel,
@@ -98,7 +98,7 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
             f"Received: exclude={exclude!r} of type {type(exclude).__name__}"
         )
     excluded = set(names)
-    inner = layers_in(model)
+    inner = layers_with_reasons(model)
     unknown = excluded - {name for layer, _ in inner for name in (layer.name, layer.path)}
     if unknown:
         raise ValueError(
@@ -127,7 +127,7 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
 
 
 @contextlib.contextmanager
-def instrumented(model: keras.Model) -> Iterator[None]:
+def temporarily_instrumented(model: keras.Model) -> Iterator[None]:
     """Instruments a model's layers for the time being, whatever they were before.
 
     Args:
@@ -139,7 +139,7 @@ def instrumented(model: keras.Model) -> Iterator[None]:
     _require_model(model)
     before = [
         (layer, type(layer), isinstance(layer, KroneckerLayer) and is_marked(layer))
-        for layer, _ in layers_in(model)
+        for layer, _ in layers_with_reasons(model)
     ]
     instrument_layers(model)
     try:
@@ -174,7 +174,7 @@ def strip(model: keras.Model) -> keras.Model:
         TypeError: If `model` is not a Keras model.
     """
     _require_model(model)
-    if any([strip_layer(layer) for layer, _ in layers_in(model)]):
+    if any([strip_layer(layer) for layer, _ in layers_with_reasons(model)]):
         _forget_traces(model)
     unwatch_loss(model)
     return model
@@ -194,7 +194,7 @@ def coverage(model: keras.Model) -> Coverage:
     """
     _require_model(model)
     entries = []
-    for layer, reason in layers_in(model):
+    for layer, reason in layers_with_reasons(model):
         own = own_trainable_variables(layer)
         if layer.built and not own:
             continue

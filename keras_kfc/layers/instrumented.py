@@ -163,7 +163,7 @@ def _strip_and_quantize(
         raise
 
 
-def layers_in(model: keras.Model) -> list[tuple[keras.Layer, str]]:
+def layers_with_reasons(model: keras.Model) -> list[tuple[keras.Layer, str]]:
     """All layers inside a model, each with the reason why it cannot capture, if any."""
     looping: dict[int, str] = {}
     for layer in layers_within(model):

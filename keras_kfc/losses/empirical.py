@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_kfc._compat.keras_internals import logits_of, mask_of, set_logits, set_mask
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.losses.signs import random_signs
-from keras_kfc.losses.terms import LossTerm, element_coefficients, loss_values
+from keras_kfc.losses.terms import LossTerm, loss_values, loss_weights_per_element
 from keras_kfc.placement.current import current_placement
 
 
@@ -74,7 +74,7 @@ class EmpiricalDerivatives:
             loss = tf.reduce_sum(term.loss(term.y_true, outputs, term.sample_weight))
         gradients = tape.gradient(loss, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         values, mask = loss_values(term, outputs)
-        weights = element_coefficients(term, tf.zeros_like(values), mask)
+        weights = loss_weights_per_element(term, tf.zeros_like(values), mask)
         examples = tf.cast(tf.shape(outputs)[0], weights.dtype)
         if has_value_for_each_example(values, outputs):
             weights = tf.reshape(weights, (tf.shape(weights)[0], -1))

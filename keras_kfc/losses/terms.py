@@ -119,7 +119,9 @@ def reduced_loss(term: LossTerm, values: tf.Tensor, mask: tf.Tensor | None) -> t
     return total
 
 
-def element_coefficients(term: LossTerm, values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+def loss_weights_per_element(
+    term: LossTerm, values: tf.Tensor, mask: tf.Tensor | None
+) -> tf.Tensor:
     """Coefficients `c_e` of the loss values in the total loss.
 
     They are the derivative of Keras's own reduction with respect to the values.
@@ -155,7 +157,7 @@ def root_coefficients(
     Returns:
         A tensor of the shape of `values`.
     """
-    coefficients = element_coefficients(term, tf.zeros_like(values), mask)
+    coefficients = loss_weights_per_element(term, tf.zeros_like(values), mask)
     return tf.sqrt(tf.cast(examples, coefficients.dtype) * coefficients)
 
 

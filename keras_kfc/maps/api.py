@@ -148,7 +148,7 @@ def output_factor(
         linear_map.derivative_rows(masked(tensor, mask))
         for tensor, mask in zip(derivatives, masks, strict=True)
     ]
-    total = tf.add_n([gram(split_columns(tensor, parts)) for tensor in rows])
+    total = tf.add_n([gram(pad_and_split_columns(tensor, parts)) for tensor in rows])
     count = tf.add_n(
         [
             _count(mask, tf.shape(tensor)[1], total.dtype)
@@ -176,7 +176,7 @@ def _count(mask: tf.Tensor | None, positions: tf.Tensor, dtype: tf.DType) -> tf.
     return share * tf.reduce_sum(tf.cast(mask, dtype))
 
 
-def split_columns(rows: tf.Tensor, parts: int) -> tf.Tensor:
+def pad_and_split_columns(rows: tf.Tensor, parts: int) -> tf.Tensor:
     """Cuts `(G, N, m)` into `(G * parts, N, ceil(m / parts))`, filled up with zeros."""
     if parts == 1:
         return rows

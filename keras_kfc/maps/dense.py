@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.linalg.products import gram, sum_of_rows
-from keras_kfc.maps.api import split_columns
+from keras_kfc.maps.api import pad_and_split_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DenseMap:
         P is the number of parts that inputs are cut into, of c inputs each, the last one
         filled up with zeros.
         """
-        rows = split_columns(self.input_rows(inputs), parts)
+        rows = pad_and_split_columns(self.input_rows(inputs), parts)
         return gram(rows), sum_of_rows(rows)
 
     def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
-from keras_kfc.layers.instrumented import CAPTURING_CLASSES, is_excluded, layers_in
+from keras_kfc.layers.instrumented import CAPTURING_CLASSES, is_excluded, layers_with_reasons
 from keras_kfc.losses.derivatives import OutputDerivatives
 
 # Share of parameters with a block below which a line says so.
@@ -93,7 +93,7 @@ def _tell_plain_layers(model: keras.Model) -> None:
     """Says which layers could have a block, but are not instrumented."""
     plain = [
         layer.path
-        for layer, reason in layers_in(model)
+        for layer, reason in layers_with_reasons(model)
         if type(layer) in CAPTURING_CLASSES
         and layer.trainable_variables
         and not (reason or is_excluded(layer))

@@ -20,13 +20,15 @@ from typing import Any
 import tensorflow as tf
 
 from keras_kfc.patches.geometry import Axis, RowPlan, RowSum, row_plan
-from keras_kfc.patches.row_views import View, pad
+from keras_kfc.patches.row_views import RowEncoding, pad
 
 # How many bytes of Gram matrices are weighed at a time.
 _GRAM_BYTES = 2**24
 
 
-def second_moment(images: tf.Tensor, rows: Axis, columns: Axis, views: Sequence[View]) -> tf.Tensor:
+def second_moment(
+    images: tf.Tensor, rows: Axis, columns: Axis, views: Sequence[RowEncoding]
+) -> tf.Tensor:
     """Sums `p pᵀ` over all patches of a batch of images.
 
     Args:
@@ -49,7 +51,7 @@ def second_moment(images: tf.Tensor, rows: Axis, columns: Axis, views: Sequence[
         # One view after the other, so that the memory of one can serve the next.
         with tf.control_dependencies(list(sums.values())):
             sources = columns_first if view.columns_first else phases
-            laid_out = [view.lay_out(source) for source in sources]
+            laid_out = [view.encode(source) for source in sources]
         phase_rows = [_Rows(part) for part in laid_out]
         gram_bytes = 4 * view.planes * groups * (view.columns * channels) ** 2
         for batch in _batches(plan.sums, max(1, _GRAM_BYTES // gram_bytes)):
@@ -217,7 +219,9 @@ def _join(grams: Sequence[tf.Tensor]) -> tf.Tensor:
     )
 
 
-def _column_sums(grams: tf.Tensor, view: View, taps: int, groups: int, channels: int) -> tf.Tensor:
+def _column_sums(
+    grams: tf.Tensor, view: RowEncoding, taps: int, groups: int, channels: int
+) -> tf.Tensor:
     """Weighs Gram matrices, S times `(P, G, D * J, D * J)`, into sums `(S, G, kw * J, kw * J)`."""
     planes, columns = view.planes, view.columns
     grams = tf.reshape(grams, (-1, planes, groups, columns, channels, columns, channels))

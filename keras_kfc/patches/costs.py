@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from keras_kfc._compat.tensorflow_internals import products_are_exact
 from keras_kfc.patches.geometry import Axis, row_plan
-from keras_kfc.patches.row_views import View, spectral_period, spectral_views, window_views
+from keras_kfc.patches.row_views import RowEncoding, spectral_period, spectral_views, window_views
 
 # Time is counted in products of a large matrix multiplication.
 _COPY = 50.0  # reading and writing one number
@@ -25,7 +25,7 @@ _MOST_WEIGHTS = 2**23  # weights of its Gram matrices
 
 def cheapest_views(
     rows: Axis, columns: Axis, groups: int, channels: int, form: str | None = None
-) -> tuple[View, ...] | None:
+) -> tuple[RowEncoding, ...] | None:
     """Views for `autocorrelation.second_moment`, or None where patches are cheaper.
 
     Args:
@@ -45,15 +45,15 @@ def cheapest_views(
 @functools.lru_cache(maxsize=512)
 def _cheapest(
     rows: Axis, columns: Axis, groups: int, channels: int, form: str | None
-) -> tuple[View, ...] | None:
-    def candidates() -> Iterator[tuple[View, ...]]:
+) -> tuple[RowEncoding, ...] | None:
+    def candidates() -> Iterator[tuple[RowEncoding, ...]]:
         if form != "windows" and spectral_period(columns) <= _LONGEST:
             yield spectral_views(columns, _parts(rows, columns))
         if form != "spectral":
             for outputs in range(1, max(1, min(columns.outputs, 32)) + 1):
                 yield window_views(columns, outputs)
 
-    def sizable(views: tuple[View, ...]) -> bool:
+    def sizable(views: tuple[RowEncoding, ...]) -> bool:
         return all(
             view.planes * (view.columns * columns.taps) ** 2 <= _MOST_WEIGHTS
             and (form is not None or view.columns * channels <= _WIDEST)
@@ -96,7 +96,9 @@ def _parts(rows: Axis, columns: Axis) -> int:
     return 4
 
 
-def cost(rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[View, ...]) -> float:
+def cost(
+    rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[RowEncoding, ...]
+) -> float:
     """Estimated time for one example of a batch.
 
     Args:
@@ -125,7 +127,7 @@ def cost(rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[Vie
 
 
 def working_set_size(
-    rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[View, ...]
+    rows: Axis, columns: Axis, groups: int, channels: int, views: tuple[RowEncoding, ...]
 ) -> int:
     """How many numbers are held at a time for one example, about.
 

@@ -27,7 +27,7 @@ from keras_kfc.patches.autocorrelation import second_moment
 from keras_kfc.patches.costs import cheapest_views, working_set_size
 from keras_kfc.patches.geometry import Axis, axis_of
 from keras_kfc.patches.im2col import SLICE_BYTES, in_slices, moments_by_patches
-from keras_kfc.patches.row_views import View
+from keras_kfc.patches.row_views import RowEncoding
 from keras_kfc.utils.arguments import check_choice, check_positive_integer
 
 FORMS = ("spectral", "windows", "im2col")
@@ -154,7 +154,7 @@ def _images_of(inputs: tf.Tensor, data_format: str, groups: int) -> tf.Tensor:
 def _autocorrelation(
     rows: Axis,
     columns: Axis,
-    views: tuple[View, ...],
+    views: tuple[RowEncoding, ...],
     groups: int,
     channels: int,
     dtype: tf.DType,

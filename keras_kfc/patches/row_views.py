@@ -29,7 +29,7 @@ from keras_kfc.patches.geometry import Axis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class View:
+class RowEncoding:
     """One layout of rows.
 
     Args:
@@ -39,21 +39,21 @@ class View:
         weights: Function that makes `(kw * kw, P * D * D)`: the sum for tap columns j and
             j' is the weighted sum of the Gram matrices' entries `[p, d, d']`. Not made
             before they are needed, since they can be large.
-        lay_out: Function from images `(B, H, W, G, J)` to
+        encode: Function from images `(B, H, W, G, J)` to
             `(P, G, H, B * repeats, D * J)`.
-        columns_first: Whether `lay_out` takes the images as `(W, H, B, G, J)`.
+        columns_first: Whether `encode` takes the images as `(W, H, B, G, J)`.
     """
 
     planes: int
     columns: int
     repeats: int
     weights: Callable[[], np.ndarray]
-    lay_out: Callable[[tf.Tensor], tf.Tensor]
+    encode: Callable[[tf.Tensor], tf.Tensor]
     columns_first: bool = False
 
 
 @functools.lru_cache(maxsize=256)
-def window_views(axis: Axis, outputs_per_window: int) -> tuple[View, ...]:
+def window_views(axis: Axis, outputs_per_window: int) -> tuple[RowEncoding, ...]:
     """Views of windows that hold the taps of several output columns.
 
     Args:
@@ -69,7 +69,7 @@ def window_views(axis: Axis, outputs_per_window: int) -> tuple[View, ...]:
     # A window is a run of whole hops, and what is left of it.
     pieces = [(first, min(hop, width - hop * first)) for first in range(-(-width // hop))]
 
-    def lay_out(images: tf.Tensor) -> tf.Tensor:
+    def encode(images: tf.Tensor) -> tf.Tensor:
         rows, _, groups, channels = images.shape[1:]
         stop = start + hop * (count - 1 + len(pieces))
         images = images[:, :, :stop]
@@ -83,7 +83,7 @@ def window_views(axis: Axis, outputs_per_window: int) -> tuple[View, ...]:
         windows = parts[0] if len(parts) == 1 else tf.concat(parts, axis=-1)
         return tf.reshape(windows, (1, groups, rows, -1, width * channels))
 
-    main = View(1, width, count, weights, lay_out)
+    main = RowEncoding(1, width, count, weights, encode)
     surplus = range(axis.outputs, count * outputs_per_window)
     return (main, *_border_views(axis, surplus))
 
@@ -94,7 +94,7 @@ def window_width(axis: Axis, outputs_per_window: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def spectral_views(axis: Axis, parts: int) -> tuple[View, ...]:
+def spectral_views(axis: Axis, parts: int) -> tuple[RowEncoding, ...]:
     """Views of the Fourier transform of rows.
 
     The frequencies are odd multiples of half the base frequency, which come in
@@ -122,7 +122,7 @@ def spectral_views(axis: Axis, parts: int) -> tuple[View, ...]:
             block[:, 0, 1] = -block[:, 1, 0]
         return made.reshape(axis.taps**2, -1)
 
-    def lay_out(images: tf.Tensor, chosen: slice) -> tf.Tensor:
+    def encode(images: tf.Tensor, chosen: slice) -> tf.Tensor:
         rows, _, groups, channels = images.shape[1:]
         images = pad(images, ((0, axis.stride * columns - axis.size), *[(0, 0)] * 4))
         # Real and imaginary part of the transform, as rows.
@@ -137,12 +137,12 @@ def spectral_views(axis: Axis, parts: int) -> tuple[View, ...]:
 
     bounds = np.linspace(0, len(angles), min(parts, len(angles)) + 1).astype(int)
     views = [
-        View(
+        RowEncoding(
             stop - start,
             2 * axis.stride,
             1,
             functools.partial(weights, slice(start, stop)),
-            functools.partial(lay_out, chosen=slice(start, stop)),
+            functools.partial(encode, chosen=slice(start, stop)),
             columns_first=True,
         )
         for start, stop in itertools.pairwise(bounds.tolist())
@@ -159,7 +159,7 @@ def spectral_period(axis: Axis) -> int:
     return period + period % 2
 
 
-def _border_views(axis: Axis, surplus: Iterable[int]) -> list[View]:
+def _border_views(axis: Axis, surplus: Iterable[int]) -> list[RowEncoding]:
     """The view that subtracts output positions which do not exist, if they see anything."""
     seen = [
         axis.stride * position + offset
@@ -174,12 +174,12 @@ def _border_views(axis: Axis, surplus: Iterable[int]) -> list[View]:
     def weights() -> np.ndarray:
         return -_count_positions(axis, surplus, start, stop - start)
 
-    def lay_out(images: tf.Tensor) -> tf.Tensor:
+    def encode(images: tf.Tensor) -> tf.Tensor:
         rows, _, groups, channels = images.shape[1:]
         border = tf.transpose(images[:, :, start:stop], (3, 1, 0, 2, 4))
         return tf.reshape(border, (1, groups, rows, -1, (stop - start) * channels))
 
-    return [View(1, stop - start, 1, weights, lay_out)]
+    return [RowEncoding(1, stop - start, 1, weights, encode)]
 
 
 def _count_positions(axis: Axis, positions: Iterable[int], start: int, width: int) -> np.ndarray:
