@@ -71,7 +71,7 @@ def test_layers_choose_their_own_policy(reference):
     assert_factors_equal(mixed.optimizer, reference.optimizer, 1e-4)
 
 
-@pytest.mark.parametrize("initial_scale", few([1.0, 2.0**12], 2))
+@pytest.mark.parametrize("initial_scale", few([2.0**12, 1.0], 1))
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_the_loss_scale_does_not_reach_the_factors(initial_scale, fisher):
     expected = compiled(KFC(fisher=fisher))

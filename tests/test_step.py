@@ -13,7 +13,7 @@ from keras_kfc.optimizer.adam import adam_step, bias_corrections
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(
-    ("norm_constraint", "polyak_scaling"), few([(None, None), (1e-3, None), (None, 0.01)], 2)
+    ("norm_constraint", "polyak_scaling"), few([(None, 0.01), (1e-3, None), (None, None)], 2)
 )
 def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, polyak_scaling):
     keras.config.set_floatx("float64")
@@ -115,7 +115,7 @@ def test_the_unit_of_a_loss_whose_lowest_value_is_not_known_changes_nothing():
 
 @pytest.mark.parametrize(
     ("soft", "momentum", "nesterov"),
-    few([(True, 0.0, True), (True, 0.9, True), (True, 0.9, False), (False, 0.9, True)], 1),
+    few([(True, 0.9, True), (True, 0.0, True), (True, 0.9, False), (False, 0.9, True)], 1),
 )
 def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nesterov):
     """What one gradient moves in all, momentum included, takes `polyak_scaling (L - L₀)` off, to

@@ -38,7 +38,8 @@ class Placement(Protocol):
 
         Args:
             variable: An optimizer variable.
-            weights: A scalar for each copy, not negative. If all are 0, the copies become 0.
+            weights: A scalar for each copy, not negative. If all are 0, the copies become 0; a
+                single copy stays as it is.
         """
 
 
