@@ -34,12 +34,12 @@ class Row:
     @property
     def best(self) -> str:
         """The baseline with the lowest loss at the end, in the geometric mean over seeds."""
-        return min(self.baselines, key=lambda name: _mean([r.end for r in self.baselines[name]]))
+        return min(self.baselines, key=lambda name: mean([r.end for r in self.baselines[name]]))
 
     def best_of(self, family: str) -> float:
         """Loss at the end of a family's best learning rate, relative to KFC's."""
         ends = [
-            _mean([run.end for run in runs])
+            mean([run.end for run in runs])
             for name, runs in self.baselines.items()
             if name.split("(")[0] == family
         ]
@@ -47,14 +47,14 @@ class Row:
 
     def ratio(self, quantity: str) -> float:
         """KFC over the best baseline, geometric mean over seeds, of `end`, `area` or `test`."""
-        ours = _mean([getattr(run, quantity) for run in self.kfc])
-        theirs = _mean([getattr(run, quantity) for run in self.baselines[self.best]])
+        ours = mean([getattr(run, quantity) for run in self.kfc])
+        theirs = mean([getattr(run, quantity) for run in self.baselines[self.best]])
         return ours / theirs if theirs > 0 else math.nan
 
     @property
     def end(self) -> float:
         """KFC's loss at the end, geometric mean over seeds."""
-        return _mean([run.end for run in self.kfc])
+        return mean([run.end for run in self.kfc])
 
     @property
     def diverged(self) -> int:
@@ -62,7 +62,8 @@ class Row:
         return sum(run.diverged for run in self.kfc)
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Geometric mean; infinite where a value is not a positive number."""
     if any(value <= 0 or math.isnan(value) for value in values):
         return math.inf
     return math.exp(sum(map(math.log, values)) / len(values))
@@ -100,5 +101,5 @@ def summary(rows: Sequence[Row]) -> str:
         f"{sum(row.diverged for row in rows)} of {runs} runs diverged; rows within {EQUAL} times "
         f"the best baseline: {share([r <= EQUAL for r in ratios])}; ahead: "
         f"{share([r < 1 for r in ratios])}; geometric mean of the ratios "
-        f"{_mean(ratios):.3f}, of the areas {_mean(areas):.3f}"
+        f"{mean(ratios):.3f}, of the areas {mean(areas):.3f}"
     )

@@ -65,7 +65,7 @@ def row_of(job: Job) -> Row:
     baselines: dict[str, list[Run]] = {}
     for family in RATES:
         baselines.update(_baseline(task, job, family))
-    with _constants(job.constants):
+    with other_constants(job.constants):
         trainer = Trainer(
             task, job.batch, job.steps, lambda: optimizer_of(job.kfc, 1), instrumented=True
         )
@@ -74,7 +74,7 @@ def row_of(job: Job) -> Row:
 
 
 @contextlib.contextmanager
-def _constants(values: Mapping[str, float]) -> Iterator[None]:
+def other_constants(values: Mapping[str, float]) -> Iterator[None]:
     """Gives module constants other values for the time being."""
     with contextlib.ExitStack() as stack:
         for path, value in values.items():
