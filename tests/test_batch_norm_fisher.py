@@ -77,7 +77,7 @@ def draws_of(fisher, count):
     capture, outputs, *_ = captured()
     terms = loss_terms(compile_loss("mse"), tf.constant(Y), outputs)
     (key, record), *_ = capture.records.items()
-    layouts = {key: KroneckerLayout(record.linear_map, record.has_bias)}
+    layouts = {key: KroneckerLayout(record.linear_map, record.matrix.bias is not None)}
     sample = ExampleSubset(tf.constant(EXAMPLES))
     return np.stack(
         [
@@ -115,7 +115,7 @@ def test_signs_square_away_without_a_batch_normalisation():
         outputs = head(tf.tanh(layer(X)))
     terms = loss_terms(compile_loss("mse"), tf.constant(Y), outputs)
     (key, record), *_ = capture.records.items()
-    layouts = {key: KroneckerLayout(record.linear_map, record.has_bias)}
+    layouts = {key: KroneckerLayout(record.linear_map, record.matrix.bias is not None)}
     gammas = [
         measure(
             capture,

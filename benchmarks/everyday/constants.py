@@ -8,6 +8,7 @@ No baselines are trained, and tasks that are kept for the final check are left o
 
 import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -73,13 +74,9 @@ def trained(job: Job) -> Trained:
     for setting in job.settings:
         keras.backend.clear_session()
         with other_constants(dict(setting.constants)):
-            trainer = Trainer(
-                TASKS[job.task],
-                job.batch,
-                job.steps,
-                lambda call=setting.kfc: optimizer_of(call, 1),
-                instrumented=True,
-            )
+            make_optimizer = functools.partial(optimizer_of, setting.kfc, 1)
+            task = TASKS[job.task]
+            trainer = Trainer(task, job.batch, job.steps, make_optimizer, instrumented=True)
             runs.append([trainer.run(seed) for seed in job.seeds])
     return Trained(job.task, job.batch, runs)
 
@@ -146,7 +143,8 @@ def _setting(parts: Sequence[str]) -> Setting:
     calls = [part for part in parts if part.startswith("KFC(")]
     constants = (part.split("=") for part in parts if part not in calls)
     return Setting(
-        calls[0] if calls else "KFC()", tuple((name, float(value)) for name, value in constants)
+        calls[0] if calls else "KFC()",
+        tuple((name, json.loads(value)) for name, value in constants),
     )
 
 

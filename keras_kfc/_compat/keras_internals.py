@@ -118,3 +118,8 @@ def own_trainable_variables(layer: Any) -> Sequence[keras.Variable]:
 def takes_training(layer: Any) -> bool:
     """Whether a layer's `call` has an argument `training`."""
     return layer._call_has_training_arg
+
+
+def takes_mask(layer: Any) -> bool:
+    """Whether a layer's `call` has an argument `mask`."""
+    return layer._call_has_mask_arg

@@ -3,6 +3,9 @@
 from typing import Any
 
 import keras
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
+
+__all__ = ["ConvLSTMCell", "TellsWhenBuilt", "kernel_of", "table_of"]
 
 
 class TellsWhenBuilt:
@@ -23,3 +26,8 @@ class TellsWhenBuilt:
 def kernel_of(layer: Any) -> keras.Variable:
     """The kernel variable itself, whatever `layer.kernel` derives from it (LoRA, quantisation)."""
     return layer._kernel
+
+
+def table_of(layer: Any) -> keras.Variable:
+    """The table of an embedding itself, likewise."""
+    return layer._embeddings

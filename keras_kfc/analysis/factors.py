@@ -150,7 +150,7 @@ def _factors(
         if not noted:
             noted.append(derivatives.log_notes())
         layouts = {
-            key: KroneckerLayout(record.linear_map, record.has_bias)
+            key: KroneckerLayout(record.linear_map, record.matrix.bias is not None)
             for key, record in capture.records.items()
         }
         statistics = measure(capture, derivatives, ExampleSubset(size), layouts)

@@ -9,7 +9,7 @@ Shapes: a layer's weights with bias are one matrix `(G, n, m)` as in `keras_kfc.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import keras
 import numpy as np
@@ -88,6 +88,14 @@ class CurvatureBlock(Protocol):
         """
 
 
+@runtime_checkable
+class BlockOfRows(Protocol):
+    """A block that can precondition some rows of a table without the others."""
+
+    def multiply_rows(self, rows: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+        """The damped inverse times some rows, `(N, m)`; `numbers` says which, `(N,)`."""
+
+
 class Refresh(Protocol):
     """New inverses for all blocks of one structure, about to be computed."""
 
@@ -115,6 +123,9 @@ class Refresh(Protocol):
 
 class Structure(Protocol):
     """A kind of curvature block."""
+
+    # Whether it is to be had for any linear map, so that a user may choose it.
+    for_any_map: bool
 
     def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> BlockLayout:
         """The layout of a layer's block.
@@ -159,8 +170,15 @@ class Curvature(Protocol):
     def refresh(self, damping: tf.Tensor, relative: bool) -> tf.Tensor:
         """Inverts all factors anew; returns how many blocks kept their old inverses."""
 
+    @property
+    def tables(self) -> frozenset[int]:
+        """Indices of covered variables whose rows can be preconditioned one by one."""
+
     def natural_gradient(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
         """`F⁻¹ g`, for every covered variable with a gradient, by index."""
+
+    def direction_of_rows(self, index: int, rows: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+        """`F⁻¹ g` for some rows of a table, `(N, m)`; `numbers` says which, `(N,)`."""
 
 
 STRUCTURES: dict[str, Structure] = {}

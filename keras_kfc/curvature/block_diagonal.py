@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_kfc.curvature.api import STRUCTURES, BlockLayout, CurvatureBlock
+from keras_kfc.curvature.api import STRUCTURES, BlockLayout, BlockOfRows, CurvatureBlock
 from keras_kfc.curvature.averaging import any_of
 from keras_kfc.curvature.choice import planned_blocks
 from keras_kfc.layers.instrumented import layer_of_kernel
@@ -185,12 +186,34 @@ class BlockDiagonal:
             )
             for index in present:
                 direction = preconditioned[index]
-                if block.kernel not in self._captured:
-                    # Earlier sessions may have recorded statistics, which count.
-                    gradient = tf.cast(gradients[index], direction.dtype)
-                    direction = tf.where(block.inverted > 0, direction, gradient)
-                directions[index] = direction
+                directions[index] = self._if_measured(block, direction, gradients[index])
         return directions
+
+    @property
+    def tables(self) -> frozenset[int]:
+        """Indices of the kernels whose rows can be preconditioned one by one."""
+        return frozenset(b.kernel for b in self.blocks if isinstance(b, BlockOfRows))
+
+    def direction_of_rows(self, index: int, rows: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+        """`F⁻¹ g` for some rows of a table.
+
+        Args:
+            index: Index of the table.
+            rows: The gradient's rows, `(N, m)`.
+            numbers: Which ones they are, `(N,)`.
+        """
+        block: Any = self._block_of_kernel[id(self._kernels[index])]
+        rows = tf.cast(rows, block.weight.dtype)
+        return self._if_measured(block, block.multiply_rows(rows, numbers), rows)
+
+    def _if_measured(
+        self, block: CurvatureBlock, direction: tf.Tensor, gradient: tf.Tensor
+    ) -> tf.Tensor:
+        """A direction, or the gradient if the block's statistics have never been recorded."""
+        if block.kernel in self._captured:
+            return direction
+        # Earlier sessions may have recorded statistics, which count.
+        return tf.where(block.inverted > 0, direction, tf.cast(gradient, direction.dtype))
 
     def _block_gradients(
         self, block: CurvatureBlock, gradients: Mapping[int, tf.Tensor]

@@ -10,10 +10,10 @@ from keras_kfc.layers.instrumented import parameter_groups
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBlock:
-    """One layer's block before it has variables.
+    """One block before it has variables.
 
     Args:
-        path: The layer's path.
+        path: Path of its matrix.
         structure: Name of its structure.
         layout: What it will keep.
         kernel: Index of the kernel.
@@ -34,10 +34,11 @@ def planned_blocks(
 
     Args:
         variables: The variables.
-        structure: Name of the structure for layer kinds that have no choice of their own.
+        structure: Name of the structure for matrices that have no choice of their own.
         max_factor_dim: Rows beyond which a factor is cut into diagonal blocks, or None.
     """
-    for index, layer, bias in parameter_groups(variables):
-        name = layer.curvature_structure or structure
-        layout = STRUCTURES[name].layout(layer.linear_map, bias is not None, max_factor_dim)
-        yield PlannedBlock(layer.path, name, layout, index, bias)
+    for group in parameter_groups(variables):
+        name = group.matrix.structure or structure
+        use_bias = group.bias is not None
+        layout = STRUCTURES[name].layout(group.matrix.linear_map, use_bias, max_factor_dim)
+        yield PlannedBlock(group.path, name, layout, group.kernel, group.bias)

@@ -205,6 +205,8 @@ def _damped_inverse(
 class Diagonal:
     """The diagonal of the Fisher matrix."""
 
+    for_any_map = True
+
     def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> DiagonalLayout:
         """Two numbers for each weight, whatever the limit."""
         del max_dim

@@ -118,6 +118,8 @@ class KroneckerRefresh:
 class Kronecker:
     """The structure of the paper."""
 
+    for_any_map = True
+
     def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> KroneckerLayout:
         """Factors in as few parts as the limit allows."""
         return layout_of(linear_map, use_bias, max_dim)

@@ -4,11 +4,10 @@ A layer kind is a file in this folder with a subclass of `KroneckerLayer`
 (`keras_kfc.layers.instrumented`) and of Keras's class, which `@instruments` registers.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import keras
-
-from keras_kfc.maps.api import LinearMap
+from keras_kfc.maps.weights import WeightMatrix
 
 
 class LayerKind(Protocol):
@@ -19,20 +18,8 @@ class LayerKind(Protocol):
         """Keras's path of the layer."""
 
     @property
-    def kronecker_kernel(self) -> keras.Variable:
-        """The kernel variable, which refers to the layer once this is built."""
-
-    @property
-    def bias(self) -> keras.Variable | None:
-        """The bias variable, or None."""
-
-    @property
-    def linear_map(self) -> LinearMap:
-        """The weights as a linear map."""
-
-    @property
-    def curvature_structure(self) -> str | None:
-        """Name of the structure of the layer's block, or None for the optimizer's choice."""
+    def weight_matrices(self) -> Sequence[WeightMatrix]:
+        """The layer's matrices, whose kernels refer to the layer once they are built."""
 
     def call(self, inputs: Any) -> Any:
-        """Computes what Keras's layer does, and sends the pre-activation through `_observe`."""
+        """Computes what Keras's layer does, and sends each pre-activation through `_observe`."""

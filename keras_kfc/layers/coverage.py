@@ -16,7 +16,7 @@ class LayerCoverage:
         path: The layer's path.
         kind: Name of its class.
         parameters: Number of its trainable parameters, or None if it is not built.
-        covered: Whether it has a Kronecker block.
+        covered: Whether it has a block of the curvature.
         reason: Why not, or an empty string.
     """
 
@@ -28,7 +28,7 @@ class LayerCoverage:
 
 
 class Coverage:
-    """Which layers of a model have a Kronecker block; prints as a table.
+    """Which layers of a model have a block of the curvature; prints as a table.
 
     Args:
         entries: One `LayerCoverage` for each layer with trainable weights.
@@ -42,7 +42,7 @@ class Coverage:
 
     @property
     def covered(self) -> list[str]:
-        """Paths of the layers that have a Kronecker block."""
+        """Paths of the layers that have a block."""
         return [entry.path for entry in self.entries if entry.covered]
 
     @property
@@ -56,13 +56,13 @@ class Coverage:
             table.add_column(heading, justify="right" if heading == "parameters" else "left")
         for entry in self.entries:
             count = "?" if entry.parameters is None else f"{entry.parameters:,}"
-            rule = "Kronecker block" if entry.covered else f"fallback rule: {entry.reason}"
+            rule = "block" if entry.covered else f"fallback rule: {entry.reason}"
             table.add_row(entry.path, entry.kind, count, rule)
         sizes = [(entry.covered, entry.parameters or 0) for entry in self.entries]
         share = sum(size for covered, size in sizes if covered) / max(1, sum(s for _, s in sizes))
         table.caption = (
             f"{len(self.covered)} of {len(self.entries)} layers and {share:.1%} of the parameters "
-            "have a Kronecker block"
+            "have a block"
         )
         output = io.StringIO()
         Console(file=output, width=140).print(table)

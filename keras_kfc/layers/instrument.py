@@ -20,10 +20,11 @@ from keras_kfc.layers.instrumented import (
     exclude_layer,
     instrument_layer,
     is_marked,
+    is_unmarked,
     layers_with_reasons,
-    mark_kernel,
+    mark_kernels,
     strip_layer,
-    unmark_kernel,
+    unmark_kernels,
 )
 from keras_kfc.passes.automatic import kronecker_optimizer, unwatch_loss
 
@@ -120,8 +121,8 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
         elif type(layer) in CAPTURING_CLASSES:
             instrument_layer(layer)
             changed.append(layer)
-        elif isinstance(layer, KroneckerLayer) and layer.built and not is_marked(layer):
-            mark_kernel(layer)
+        elif is_unmarked(layer):
+            mark_kernels(layer)
             changed.append(layer)
     return changed
 
@@ -147,13 +148,13 @@ def temporarily_instrumented(model: keras.Model) -> Iterator[None]:
     finally:
         for layer, kind, marked in before:
             if isinstance(layer, KroneckerLayer) and is_marked(layer) and not marked:
-                unmark_kernel(layer)
+                unmark_kernels(layer)
             if type(layer) is not kind:
                 strip_layer(layer)
                 if type(layer) is not kind:
                     instrument_layer(layer)
             if marked and not is_marked(layer):
-                mark_kernel(layer)
+                mark_kernels(layer)
 
 
 def strip(model: keras.Model) -> keras.Model:
@@ -212,9 +213,12 @@ def _reason_without_block(layer: keras.Layer) -> str:
     if isinstance(layer, KroneckerLayer):
         if not layer.built:
             return ""
+        if not layer.weight_matrices:
+            return layer.without_matrices
         if not is_marked(layer):
             return "excluded"
-        return "" if layer.kronecker_kernel.trainable else "its kernel is frozen"
+        frozen = not any(matrix.kernel.trainable for matrix in layer.weight_matrices)
+        return "its kernel is frozen" if frozen else ""
     if type(layer) in CAPTURING_CLASSES:
         return "not instrumented (call keras_kfc.instrument)"
     if isinstance(layer, tuple(CAPTURING_CLASSES)):

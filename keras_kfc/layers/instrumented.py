@@ -2,10 +2,11 @@
 
 They compute, save and configure exactly as Keras's own; they differ in
 two ways. When a capture is open, they record what a Kronecker factor needs;
-and their kernel variable carries a reference to them, from which the optimizer
+and their kernel variables carry a reference to them, from which the optimizer
 learns which variables form a block.
 """
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,10 @@ import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import layers_within
 from keras_kfc._compat.layer_hooks import TellsWhenBuilt, kernel_of
-from keras_kfc.layers.api import LayerKind
 from keras_kfc.maps.api import LinearMap
+from keras_kfc.maps.weights import WeightMatrix
 from keras_kfc.passes.automatic import active_capture
+from keras_kfc.passes.capture import positions_of
 
 # The classes that `keras_kfc.instrument` changes, and what it changes them to.
 CAPTURING_CLASSES: dict[type, type] = {}
@@ -45,16 +47,20 @@ class KroneckerLayer(TellsWhenBuilt):
 
     # Whether Keras has a quantised form of the layer.
     can_be_quantised = False
+    # Why a layer of the kind has no block, if it has no matrix.
+    without_matrices = "its weights are no matrix"
     # The structure of the layer's curvature block, if it is not the optimizer's choice.
     curvature_structure: str | None = None
 
     built: bool
+    path: str
+    bias: keras.Variable | None
     quantization_mode: str | None
 
     def when_built(self) -> None:
-        """Lets the kernel variable refer to the layer."""
+        """Lets the kernel variables refer to the layer."""
         if self.quantization_mode is None:
-            mark_kernel(self)
+            mark_kernels(self)
 
     @property
     def kronecker_kernel(self) -> keras.Variable:
@@ -63,8 +69,16 @@ class KroneckerLayer(TellsWhenBuilt):
 
     @property
     def linear_map(self) -> LinearMap:
-        """How the layer's tensors map to Kronecker factors."""
+        """How the layer's tensors map to Kronecker factors, if it has one matrix."""
         raise AttributeError(f"{type(self).__name__} does not define its linear_map")
+
+    @property
+    def weight_matrices(self) -> tuple[WeightMatrix, ...]:
+        """The layer's matrices: one of `kronecker_kernel` and bias, unless a kind has others."""
+        structure = self.curvature_structure
+        return (
+            WeightMatrix(self.kronecker_kernel, self.bias, self.linear_map, structure=structure),
+        )
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Becomes Keras's own layer and is quantised as that, out of the optimizer's sight."""
@@ -72,34 +86,64 @@ class KroneckerLayer(TellsWhenBuilt):
         plain: Any = next(base for base in type(self).__mro__ if base in CAPTURING_CLASSES)
         _strip_and_quantize(self, functools.partial(plain.quantize, self), *args, **kwargs)
 
-    def _observe(self, inputs: tf.Tensor, pre_activation: tf.Tensor) -> tf.Tensor:
+    def _observe(
+        self,
+        inputs: Any,
+        pre_activation: tf.Tensor,
+        matrix: int = 0,
+        mask: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Shows an open capture what one of the layer's matrices did.
+
+        Args:
+            inputs: What the matrix was multiplied by, or a function that computes it.
+            pre_activation: The product, with the bias.
+            matrix: Which one of `weight_matrices`.
+            mask: Which positions count, if Keras's mask of the inputs does not tell.
+
+        Returns:
+            What to go on with in the place of `pre_activation`.
+        """
         if not tf.is_tensor(pre_activation):
             return pre_activation
-        capture = active_capture(self)
-        return pre_activation if capture is None else capture.record(self, inputs, pre_activation)
+        weights = self.weight_matrices[matrix]
+        capture = active_capture(weights.kernel)
+        if capture is None:
+            return pre_activation
+        if mask is None and weights.linear_map.keeps_positions:
+            mask = positions_of(inputs)
+        return capture.record(self.path, weights, inputs, pre_activation, mask)
 
 
 _EXCLUDED: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
-# These call their children inside a loop of their own, out of a capture's reach.
-_LOOPING = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
 
 
-def mark_kernel(layer: Any) -> None:
-    """Lets a built layer's kernel variable refer to the layer."""
-    layer.kronecker_kernel.kronecker_layer = weakref.ref(layer)
+def mark_kernels(layer: Any) -> None:
+    """Lets a built layer's kernel variables refer to the layer."""
+    for matrix in layer.weight_matrices:
+        matrix.kernel.kronecker_layer = weakref.ref(layer)
 
 
-def unmark_kernel(layer: Any) -> None:
-    """Undoes `mark_kernel`."""
-    del layer.kronecker_kernel.kronecker_layer
+def unmark_kernels(layer: Any) -> None:
+    """Undoes `mark_kernels`."""
+    for matrix in layer.weight_matrices:
+        vars(matrix.kernel).pop("kronecker_layer", None)
 
 
 def is_marked(layer: Any) -> bool:
-    """Whether a layer is built and its kernel variable refers to a layer.
+    """Whether a layer is built and its kernel variables refer to a layer.
 
     Layers that share one kernel variable are all marked by the last of them.
     """
-    return layer.built and layer_of_kernel(layer.kronecker_kernel) is not None
+    return layer.built and any(
+        layer_of_kernel(matrix.kernel) is not None for matrix in layer.weight_matrices
+    )
+
+
+def is_unmarked(layer: Any) -> bool:
+    """Whether a layer of a capturing class is built, and its kernel variables refer to none."""
+    kronecker = isinstance(layer, KroneckerLayer) and layer.built
+    return kronecker and bool(layer.weight_matrices) and not is_marked(layer)
 
 
 def layer_of_kernel(variable: Any) -> Any:
@@ -116,7 +160,7 @@ def instrument_layer(layer: Any) -> None:
     """
     layer.__class__ = CAPTURING_CLASSES[type(layer)]
     if layer.built:
-        mark_kernel(layer)
+        mark_kernels(layer)
     # Keras binds this method to each instance, as it does with `build`: that of the
     # class would never run.
     layer.quantize = functools.partial(_strip_and_quantize, layer, layer.quantize)
@@ -137,7 +181,7 @@ def strip_layer(layer: Any) -> bool:
         return False
     changed = is_marked(layer)
     if changed:
-        unmark_kernel(layer)
+        unmark_kernels(layer)
     if type(layer) in _PLAIN:
         layer.__class__ = _PLAIN[type(layer)]
         changed = True
@@ -159,7 +203,7 @@ def _strip_and_quantize(
         if stripped:
             layer.__class__ = kind
             if layer.built:
-                mark_kernel(layer)
+                mark_kernels(layer)
         raise
 
 
@@ -167,9 +211,10 @@ def layers_with_reasons(model: keras.Model) -> list[tuple[keras.Layer, str]]:
     """All layers inside a model, each with the reason why it cannot capture, if any."""
     looping: dict[int, str] = {}
     for layer in layers_within(model):
-        if isinstance(layer, _LOOPING):
+        # It calls what couples examples step by step, in a loop that may be a graph of its own.
+        if isinstance(layer, keras.layers.TimeDistributed) and couples_examples(layer.layer):
             for child in layers_within(layer, include_self=False):
-                looping[id(child)] = f"inside {type(layer).__name__}"
+                looping[id(child)] = f"inside {type(layer).__name__}, and may couple examples"
     seen: set[int] = set()
     found: list[tuple[keras.Layer, str]] = []
     for layer in layers_within(model, include_self=False):
@@ -178,6 +223,19 @@ def layers_with_reasons(model: keras.Model) -> list[tuple[keras.Layer, str]]:
             quantised = "quantised" if layer.quantization_mode else ""
             found.append((layer, looping.get(id(layer), quantised)))
     return found
+
+
+def couples_examples(layer: keras.Layer) -> bool:
+    """Whether a layer may do something else to a batch than to its examples one by one.
+
+    Batch normalisation does, and layers of a user's own may.
+    """
+    known = ("keras.", "keras_kfc.")
+    return any(
+        isinstance(own, keras.layers.BatchNormalization)
+        or not type(own).__module__.startswith(known)
+        for own in layers_within(layer)
+    )
 
 
 def is_excluded(layer: keras.Layer) -> bool:
@@ -190,18 +248,34 @@ def exclude_layer(layer: keras.Layer, excluded: bool) -> None:
     (_EXCLUDED.add if excluded else _EXCLUDED.discard)(layer)
 
 
-def parameter_groups(variables: Sequence[Any]) -> Iterator[tuple[int, LayerKind, int | None]]:
-    """The Kronecker blocks that a list of trainable variables gives.
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Trainable variables that form one Fisher block.
+
+    Args:
+        path: Path of their matrix.
+        matrix: The matrix.
+        kernel: Index of its kernel among the variables.
+        bias: Index of its bias, or None if that is not among them.
+    """
+
+    path: str
+    matrix: WeightMatrix
+    kernel: int
+    bias: int | None
+
+
+def parameter_groups(variables: Sequence[Any]) -> Iterator[ParameterGroup]:
+    """The Fisher blocks that a list of trainable variables gives, in the order of their kernels.
 
     Args:
         variables: The variables.
-
-    Yields:
-        The index of a kernel, its layer, and the index of the layer's bias, or None if no
-        bias is among the variables.
     """
     indices = {id(variable): index for index, variable in enumerate(variables)}
     for index, variable in enumerate(variables):
-        layer = layer_of_kernel(variable)
-        if layer is not None:
-            yield index, layer, None if layer.bias is None else indices.get(id(layer.bias))
+        layer: Any = layer_of_kernel(variable)
+        if layer is None:
+            continue
+        matrix = next(own for own in layer.weight_matrices if own.kernel is variable)
+        bias = None if matrix.bias is None else indices.get(id(matrix.bias))
+        yield ParameterGroup(matrix.path_in(layer.path), matrix, index, bias)

@@ -4,12 +4,8 @@ Batch-norm scales, embeddings and layers that are not instrumented are trained
 by it. It differs from Adam in epsilon, which is relative to the root mean
 square of the variable's own second moments, so that a constant factor on the
 loss changes nothing. Source: Kingma & Ba (2015), algorithm 1.
-
-Of an embedding only the rows that a batch used have a gradient. Only these and their
-moments are moved, so that a step takes no longer for a larger table.
 """
 
-import dataclasses
 import math
 
 import tensorflow as tf
@@ -61,42 +57,3 @@ def adam_step(
     typical = tf.sqrt(tf.reduce_mean(tf.square(deviation)))
     step = tf.math.divide_no_nan(first / first_correction, deviation + EPSILON * typical)
     return -learning_rate * step, first, second
-
-
-@dataclasses.dataclass
-class SummedRows:
-    """The gradient of some rows of a variable, each row's summed over its uses.
-
-    Made without `tf.unique`, whose size XLA could not know: a row that was used several times
-    stands here several times.
-
-    Args:
-        indices: `(N,)`, the row of each use.
-        values: `(N, ...)`, the sum over all uses of that row, the same for each of them.
-        first: `(N,)`, whether a use is the first one of its row.
-    """
-
-    indices: tf.Tensor
-    values: tf.Tensor
-    first: tf.Tensor
-
-    def once(self, values: tf.Tensor) -> tf.IndexedSlices:
-        """Slices to add: values of the first use of each row, zeros for the others."""
-        shape = tf.concat((tf.shape(self.first), tf.ones(tf.rank(values) - 1, tf.int32)), 0)
-        return tf.IndexedSlices(
-            tf.where(tf.reshape(self.first, shape), values, tf.zeros_like(values)), self.indices
-        )
-
-
-def summed_rows(gradient: tf.IndexedSlices, rows: int) -> SummedRows:
-    """Sums the uses of each row.
-
-    Args:
-        gradient: The gradient of a variable that was looked up.
-        rows: Number of the variable's rows.
-    """
-    uses = tf.range(tf.shape(gradient.indices)[0])
-    first_use = tf.math.unsorted_segment_min(uses, gradient.indices, rows)
-    slot = tf.gather(first_use, gradient.indices)
-    totals = tf.math.unsorted_segment_sum(gradient.values, slot, tf.shape(uses)[0])
-    return SummedRows(gradient.indices, tf.gather(totals, slot), slot == uses)

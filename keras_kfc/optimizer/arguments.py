@@ -48,7 +48,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "inverse_update_period": check_positive_integer,
     "relative_damping": check_boolean,
     "factor_batch_size": _or_none(check_positive_integer),
-    "structure": lambda name, value: check_choice(name, value, tuple(STRUCTURES)),
+    "structure": lambda name, value: check_choice(name, value, _structures()),
     "max_factor_dim": _or_none(check_positive_integer),
     "adam_lr_ratio": _number(),
     "seed": lambda name, value: check_seed(value),
@@ -110,3 +110,8 @@ def check_forward_pass(built: bool, capture: Any, **needed: Any) -> None:
     for name, given in needed.items():
         if given is None:
             raise ValueError(f"Argument `{name}` is needed. Received: {name}=None")
+
+
+def _structures() -> tuple[str, ...]:
+    """Names of the structures that a user may choose."""
+    return tuple(name for name, kind in STRUCTURES.items() if kind.for_any_map)

@@ -106,7 +106,7 @@ class Measuring:
         uses = [use for r in capture.records.values() for use in r.differentiated_uses()]
         if not uses:
             return
-        batch_size = tf.shape(uses[0].inputs)[0]
+        batch_size = tf.shape(uses[0].pre_activation)[0]
         scale = tf.cast(batch_size, tf.float32) / self._total_loss_scale(capture)
         if not self._can_use(capture):
             return

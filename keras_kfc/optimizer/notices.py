@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_kfc._compat.keras_internals import own_trainable_variables
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
 from keras_kfc.layers.instrumented import CAPTURING_CLASSES, is_excluded, layers_with_reasons
 from keras_kfc.losses.derivatives import OutputDerivatives
@@ -67,7 +68,7 @@ class Notices:
         if not curvature.blocks:
             if not left_out:
                 _logger.warning(
-                    "KFC found no layer with a Kronecker block: its fallback rule, an Adam, trains "
+                    "KFC found no layer with a block: its fallback rule, an Adam, trains "
                     "everything. Call `keras_kfc.instrument(model)` before training, or build the "
                     "model from `keras_kfc.layers`."
                 )
@@ -83,7 +84,7 @@ def _tell_share(curvature: BlockDiagonal, variables: Sequence[Any]) -> None:
     share = sum(sizes[index] for index in curvature.covered) / max(1, sum(sizes))
     if share < _SMALL_SHARE:
         _logger.warning(
-            "%.1f%% of the parameters have a Kronecker block. The fallback rule of KFC, an "
+            "%.1f%% of the parameters have a block. The fallback rule of KFC, an "
             "Adam, trains the others; `print(keras_kfc.coverage(model))` tells which.",
             100 * share,
         )
@@ -95,12 +96,12 @@ def _tell_plain_layers(model: keras.Model) -> None:
         layer.path
         for layer, reason in layers_with_reasons(model)
         if type(layer) in CAPTURING_CLASSES
-        and layer.trainable_variables
+        and own_trainable_variables(layer)
         and not (reason or is_excluded(layer))
     ]
     if plain:
         _logger.warning(
-            "The fallback rule of KFC trains %d layers that could have a Kronecker block, "
+            "The fallback rule of KFC trains %d layers that could have a block, "
             "but are not instrumented: %s. Call `keras_kfc.instrument(model)` on the whole "
             "model, before it is compiled, or name them in its `exclude`.",
             len(plain),

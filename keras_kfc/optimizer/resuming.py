@@ -131,7 +131,7 @@ def adopt(optimizer: Any, variables: Sequence[Any]) -> bool:
         return True
     trained = optimizer.trained_variables
     kernels = {block.kernel for block in optimizer.blocks} | optimizer.waiting.left_out
-    wanted = {id(variables[kernel]) for kernel, _, _ in parameter_groups(variables)}
+    wanted = {id(variables[group.kernel]) for group in parameter_groups(variables)}
     if wanted == {id(trained[kernel]) for kernel in kernels}:
         return True
     if not (_waits(optimizer) or not optimizer.iterations.numpy()):

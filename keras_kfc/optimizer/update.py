@@ -7,7 +7,10 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import Curvature
 from keras_kfc.linalg.precision import all_finite
-from keras_kfc.optimizer.adam import SummedRows, adam_step, bias_corrections, summed_rows
+from keras_kfc.optimizer.adam import bias_corrections
+from keras_kfc.optimizer.directions import Directions, directions_of
+from keras_kfc.optimizer.moves import Moves
+from keras_kfc.optimizer.rows import SummedRows, summed_rows
 from keras_kfc.optimizer.settings import Settings
 from keras_kfc.placement.current import current_placement
 from keras_kfc.steps.api import StepQuery, StepRule
@@ -43,6 +46,7 @@ class Update:
         self._settings, self._curvature = settings, curvature
         self._rule, self._progress = rule, progress
         self._momentums, self._second_moments = momentums, second_moments
+        self._moves = Moves(settings, momentums, second_moments)
 
     def take(
         self,
@@ -62,13 +66,13 @@ class Update:
         settings = self._settings
         rows = self._rows_looked_up(variables, gradients) if clipped is gradients else {}
         summed = _summed(variables, clipped, rows)
-        directions = self._curvature.natural_gradient(summed)
-        quadratic = predicted_decrease = _inner_product(summed, directions)
+        directions = directions_of(self._curvature, summed, rows)
+        quadratic = predicted_decrease = directions.slope(summed)
         whole = summed if clipped is gradients else _summed(variables, gradients, rows)
-        if clipped is not gradients and settings.polyak_scaling is not None and directions:
+        if clipped is not gradients and settings.polyak_scaling is not None:
             # Clipping makes a step shorter. The smaller promise of a clipped gradient would
             # make it longer.
-            predicted_decrease = _inner_product(whole, self._curvature.natural_gradient(whole))
+            predicted_decrease = directions_of(self._curvature, whole, {}).slope(whole)
             # Clipping is there for gradients whose squares overflow.
             predicted_decrease = tf.where(
                 tf.math.is_finite(predicted_decrease), predicted_decrease, quadratic
@@ -91,18 +95,28 @@ class Update:
             fallback_rate = settings.adam_lr_ratio * learning_rate
             changes = []
             for index, variable in variables.items():
+                used = rows.get(index)
                 if index in directions:
-                    change = self._momentum_change(index, variable, rates[index], directions[index])
-                elif index in rows:
-                    change = self._change_of_rows(
-                        index, variable, rows[index], corrections, fallback_rate
+                    change = self._moves.with_block(
+                        index,
+                        variable,
+                        rates[index],
+                        directions.of[index],
+                        used,
+                        directions.moving_rows(index),
                     )
                 else:
-                    gradient = tf.cast(summed[index], variable.dtype)
-                    change = self._fallback_change(index, gradient, corrections, fallback_rate)
-                if self._decays(variable) and index not in rows:
+                    gradient = summed[index] if used is None else used.values
+                    change = self._moves.without_block(
+                        index, variable, gradient, corrections, fallback_rate, used
+                    )
+                if self._decays(variable):
                     rate = self._decay_rate(rates.get(index), noise, fallback_rate)
-                    change -= tf.cast(settings.weight_decay * rate, variable.dtype) * variable
+                    change -= tf.cast(settings.weight_decay * rate, variable.dtype) * (
+                        variable if used is None else used.rows_of(variable)
+                    )
+                if used is not None:
+                    change = used.once(change)
                 settings.assign_add(variable, change)
                 changes.append(change)
             if settings.watched_steps is not None:
@@ -124,7 +138,8 @@ class Update:
         return {
             index: summed_rows(part, variables[index].shape[0])
             for index, part in zip(variables, gradients, strict=True)
-            if isinstance(part, tf.IndexedSlices) and self._second_moments[index] is not None
+            if isinstance(part, tf.IndexedSlices)
+            and (self._second_moments[index] is not None or index in self._curvature.tables)
         }
 
     def _decays(self, variable: Any) -> bool:
@@ -154,7 +169,7 @@ class Update:
         learning_rate: tf.Tensor,
         quadratic: tf.Tensor,
         predicted_decrease: tf.Tensor,
-        directions: Mapping[int, tf.Tensor],
+        directions: Directions,
     ) -> tuple[dict[int, tf.Tensor], tf.Tensor]:
         """What to multiply directions by, by index; and the mean part of the longest step allowed.
 
@@ -162,7 +177,7 @@ class Update:
             learning_rate: The learning rate.
             quadratic: `g · F⁻¹ g`, a scalar.
             predicted_decrease: The same before gradients were clipped.
-            directions: Preconditioned gradients by index.
+            directions: Preconditioned gradients.
         """
         members = {
             block.kernel: [
@@ -171,10 +186,7 @@ class Update:
             for block in self._curvature.blocks
         }
         squares = tf.stack(
-            [
-                _mean_square([directions[i] for i in members.get(index, ())])
-                for index in range(len(self._momentums))
-            ]
+            [directions.mean_square(members.get(i, ())) for i in range(len(self._momentums))]
         )
         polyak = self._settings.polyak_scaling
         query = StepQuery(
@@ -191,54 +203,6 @@ class Update:
         by_variable = {i: rates[kernel] for kernel, own in members.items() for i in own}
         return by_variable, tf.reduce_mean(share)
 
-    def _momentum_change(
-        self, index: int, variable: Any, rate: tf.Tensor, direction: tf.Tensor
-    ) -> tf.Tensor:
-        """Moves the momentum of a variable with a block, and tells the variable's change."""
-        momentum, settings = self._momentums[index], self._settings
-        step = tf.cast(tf.cast(-rate, direction.dtype) * direction, variable.dtype)
-        velocity = settings.momentum * momentum + step
-        settings.assign(momentum, velocity)
-        return settings.momentum * velocity + step if settings.nesterov else velocity
-
-    def _change_of_rows(
-        self,
-        index: int,
-        variable: Any,
-        rows: SummedRows,
-        corrections: tuple[tf.Tensor, ...],
-        learning_rate: tf.Tensor,
-    ) -> tf.IndexedSlices:
-        """As `_fallback_change`, of the rows that were looked up and nothing else."""
-        settings = self._settings
-        moments = (self._momentums[index], self._second_moments[index])
-        gradient = tf.cast(rows.values, variable.dtype)
-        first, second = (_rows_of(moment, rows.indices) for moment in moments)
-        change, *moved = adam_step(gradient, first, second, corrections, learning_rate)
-        for moment, new in zip(moments, moved, strict=True):
-            settings.assign(moment, tf.IndexedSlices(new, rows.indices))
-        if self._decays(variable):
-            rate = (settings.weight_decay or 0.0) * _PLAIN_DECAY * learning_rate
-            rate = tf.cast(rate, variable.dtype)
-            change -= rate * _rows_of(variable, rows.indices)
-        return rows.once(change)
-
-    def _fallback_change(
-        self,
-        index: int,
-        gradient: tf.Tensor,
-        corrections: tuple[tf.Tensor, ...],
-        learning_rate: tf.Tensor,
-    ) -> tf.Tensor:
-        """Moves the moments of any other variable, and tells the variable's change."""
-        first, second = self._momentums[index], self._second_moments[index]
-        update, new_first, new_second = adam_step(
-            gradient, first.value, second.value, corrections, learning_rate
-        )
-        self._settings.assign(first, new_first)
-        self._settings.assign(second, new_second)
-        return update
-
 
 def _summed(
     variables: Mapping[int, Any], gradients: Sequence[Any], without: Mapping[int, Any]
@@ -247,24 +211,3 @@ def _summed(
     kept = {i: g for i, g in zip(variables, gradients, strict=True) if i not in without}
     parts = map(tf.convert_to_tensor, current_placement().sum(list(kept.values())))
     return dict(zip(kept, parts, strict=True))
-
-
-def _rows_of(variable: Any, indices: tf.Tensor) -> tf.Tensor:
-    """Some rows of a variable, `(N, ...)`."""
-    return tf.gather(tf.convert_to_tensor(variable), indices)
-
-
-def _mean_square(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Over all entries of some tensors, a float32 scalar; 0 where there is none."""
-    if not tensors:
-        return tf.zeros(())
-    count = sum(t.shape.num_elements() for t in tensors)
-    return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors]) / count
-
-
-def _inner_product(
-    gradients: Mapping[int, tf.Tensor], directions: Mapping[int, tf.Tensor]
-) -> tf.Tensor:
-    """Sum over all variables with a direction, a float32 scalar."""
-    parts = [tf.reduce_sum(tf.cast(gradients[i], d.dtype) * d) for i, d in directions.items()]
-    return tf.add_n([tf.zeros(()), *(tf.cast(part, tf.float32) for part in parts)])

@@ -22,6 +22,7 @@ from keras_kfc.passes.capture import (
     innermost_capture,
     is_differentiated,
 )
+from keras_kfc.passes.loops import recorder_of_loop
 from keras_kfc.placement.current import replica_number
 
 _logger = logging.getLogger("keras_kfc")
@@ -30,12 +31,17 @@ _logger = logging.getLogger("keras_kfc")
 _EAGER_PASSES = 16
 
 
-def active_capture(layer: Any) -> Capture | None:
+def active_capture(kernel: Any) -> Any:
     """The capture that a layer call belongs to, or None if nobody asked.
 
+    Inside a loop over time, what stands for it there (`keras_kfc.passes.loops`).
+
     Args:
-        layer: The instrumented layer that is being called.
+        kernel: A kernel variable of the instrumented layer that is being called.
     """
+    in_loop = recorder_of_loop()
+    if in_loop is not None:
+        return in_loop
     explicit = innermost_capture()
     if explicit is not None:
         return explicit
@@ -45,10 +51,9 @@ def active_capture(layer: Any) -> Capture | None:
     part = model is not None and optimizer is None
     if part:
         # Part of a model, called by the train step of the whole.
-        owner = getattr(layer.kronecker_kernel, "kronecker_optimizer_ref", None)
+        owner = getattr(kernel, "kronecker_optimizer_ref", None)
         optimizer = None if owner is None else owner()
     optimizer = kronecker_optimizer(optimizer)
-    kernel = layer.kronecker_kernel
     if optimizer is None or not kernel.trainable or not optimizer.has_block(kernel):
         return None
     pending = _pending_of(optimizer)

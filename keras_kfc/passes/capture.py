@@ -25,6 +25,7 @@ import tensorflow as tf
 from keras_kfc._compat.keras_internals import mask_of
 from keras_kfc._compat.tensorflow_internals import current_graph, is_recording, outer_graph
 from keras_kfc.maps.api import LinearMap
+from keras_kfc.maps.weights import WeightMatrix
 from keras_kfc.passes.probes import with_probe
 
 
@@ -33,8 +34,8 @@ class Use:
     """One use of one layer in a forward pass, and what its backward passes tell of it.
 
     Args:
-        kernel: The layer's kernel variable.
-        inputs: The layer's input `a`.
+        kernel: The kernel variable of one of its matrices.
+        inputs: The matrix's input `a`, or a function that computes it in the graph that asks.
         pre_activation: Its pre-activation `s`.
         mask: Keras's mask of the input, booleans for its first axes, or None.
         derivative: What ordinary backward passes sent to `s`, their sum, or None if there was
@@ -45,14 +46,19 @@ class Use:
     """
 
     kernel: keras.Variable
-    inputs: tf.Tensor
+    inputs: Any
     pre_activation: tf.Tensor
     mask: tf.Tensor | None = None
     derivative: tf.Tensor | None = None
     differentiated_again: bool = False
 
     def dense_inputs(self) -> tf.Tensor:
-        """The input as a dense floating-point tensor; to be called where it is needed."""
+        """The input as a dense tensor; to be called where it is needed.
+
+        Floating-point numbers, unless a function computes it, whose result is taken as it is.
+        """
+        if callable(self.inputs):
+            return self.inputs()
         inputs = self.inputs
         dense = tf.sparse.to_dense(inputs) if isinstance(inputs, tf.SparseTensor) else inputs
         return dense if dense.dtype.is_floating else tf.cast(dense, self.pre_activation.dtype)
@@ -60,21 +66,22 @@ class Use:
 
 @dataclasses.dataclass
 class LayerRecord:
-    """All uses of one instrumented layer in one forward pass.
+    """All uses of one matrix of an instrumented layer in one forward pass.
 
     Args:
-        path: The layer's path, for messages.
-        kernel: The layer's kernel variable.
-        linear_map: How its tensors map to Kronecker factors.
-        has_bias: Whether the layer has a bias.
+        path: The matrix's path, for messages.
+        matrix: The matrix.
         uses: Its uses, in their order.
     """
 
     path: str
-    kernel: keras.Variable
-    linear_map: LinearMap
-    has_bias: bool
+    matrix: WeightMatrix
     uses: list[Use] = dataclasses.field(default_factory=list)
+
+    @property
+    def linear_map(self) -> LinearMap:
+        """How the matrix's tensors map to Kronecker factors."""
+        return self.matrix.linear_map
 
     def differentiated_uses(self) -> list[Use]:
         """The uses that the ordinary backward pass has reached."""
@@ -145,6 +152,10 @@ class Capture:
             self.is_open = False
             _opened.recording = [other for other in _opened.recording if other() is not self]
 
+    def stopped(self) -> Any:
+        """A context in which what happens is not recorded for derivatives."""
+        return self._tape.stop_recording()
+
     def has_derivatives(self) -> bool:
         """Whether an ordinary backward pass has reached anything that was recorded."""
         return any(record.differentiated_uses() for record in self.records.values())
@@ -158,13 +169,22 @@ class Capture:
         """Paths of the layers recorded so far, in the order of their first use."""
         return [record.path for record in self.records.values()]
 
-    def record(self, layer: Any, inputs: tf.Tensor, pre_activation: tf.Tensor) -> tf.Tensor:
-        """Takes one use of a layer.
+    def record(
+        self,
+        path: str,
+        matrix: WeightMatrix,
+        inputs: Any,
+        pre_activation: tf.Tensor,
+        mask: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Takes one use of a matrix of an instrumented layer.
 
         Args:
-            layer: The instrumented layer.
-            inputs: Its input `a`.
-            pre_activation: Its pre-activation `s`.
+            path: Path of the layer.
+            matrix: The matrix.
+            inputs: The matrix's input `a`, or a function that computes it.
+            pre_activation: The pre-activation `s`.
+            mask: Which positions count, or None for all.
 
         Returns:
             The pre-activation to go on with, which tells the use of its derivatives.
@@ -175,13 +195,15 @@ class Capture:
                 differentiated from outside.
         """
         if current_graph() is not self._graph:
-            raise _out_of_reach([layer.path])
-        record = self._record_of(layer)
-        mask = _positions_of(inputs) if record.linear_map.keeps_positions else None
-        use = Use(record.kernel, inputs, pre_activation, mask)
+            raise _out_of_reach([path])
+        return self.add_use(path, matrix, Use(matrix.kernel, inputs, pre_activation, mask))
+
+    def add_use(self, path: str, matrix: WeightMatrix, use: Use) -> tf.Tensor:
+        """Watches the pre-activation of a use; returns what to go on with in its place."""
+        known = LayerRecord(matrix.path_in(path), matrix)
         use.pre_activation = with_probe(use)
         self._tape.watch(use.pre_activation)
-        record.uses.append(use)
+        self.records.setdefault(id(matrix.kernel), known).uses.append(use)
         return use.pre_activation
 
     def check_reachable(self) -> None:
@@ -219,14 +241,6 @@ class Capture:
         )
         return {key: [next(gradients) for _ in record.uses] for key, record in self.records.items()}
 
-    def _record_of(self, layer: Any) -> LayerRecord:
-        kernel = layer.kronecker_kernel
-        if id(kernel) not in self.records:
-            self.records[id(kernel)] = LayerRecord(
-                layer.path, kernel, layer.linear_map, layer.bias is not None
-            )
-        return self.records[id(kernel)]
-
 
 def innermost_capture() -> Capture | None:
     """The capture that was opened last as a context manager, or None."""
@@ -262,7 +276,7 @@ def _recording() -> list[Capture]:
 _opened = _Opened()
 
 
-def _positions_of(inputs: tf.Tensor) -> tf.Tensor | None:
+def positions_of(inputs: Any) -> tf.Tensor | None:
     """Keras's mask of a layer's input, if it tells which positions count."""
     mask = mask_of(inputs)
     if mask is None or mask.shape.rank is None or inputs.shape.rank is None:

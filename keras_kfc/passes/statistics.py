@@ -6,7 +6,7 @@ curvature's blocks, as `Moments`).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -157,6 +157,7 @@ def measure(
         layouts: For each record key that is wanted, what to measure.
     """
     keys = [key for key in capture.records if key in layouts]
+    inputs = _Inputs(use for key in keys for use in capture.records[key].uses)
     uses: dict[int, Sequence[Use]] = {}
 
     def one_pass(index: int | tf.Tensor) -> list[tuple[tf.Tensor, ...]]:
@@ -167,7 +168,8 @@ def measure(
             reached = [(use, d) for use, d in pairs if d is not None]
             reached = reached or [(use, tf.zeros_like(use.pre_activation)) for use, _ in pairs]
             uses[key] = [use for use, _ in reached]
-            moments.append(_of_pass(layouts[key], uses[key], [d for _, d in reached], sample))
+            derivatives_of = [d for _, d in reached]
+            moments.append(_of_pass(layouts[key], uses[key], derivatives_of, inputs, sample))
         return moments
 
     moments = one_pass(0)
@@ -182,7 +184,7 @@ def measure(
             # Passes share the forward tensors: running them side by side only adds memory.
             parallel_iterations=1,
         )
-    return _joined(dict(zip(keys, moments, strict=True)), uses, sample, layouts)
+    return _joined(dict(zip(keys, moments, strict=True)), uses, inputs, sample, layouts)
 
 
 def measure_ordinary(
@@ -203,46 +205,60 @@ def measure_ordinary(
         layouts: For each record key that is wanted, what to measure.
     """
     moments: dict[int, tuple[tf.Tensor, ...]] = {}
-    uses: dict[int, Sequence[Use]] = {}
-    for key, record in capture.records.items():
-        reached = record.differentiated_uses()
-        if key in layouts and reached:
-            uses[key] = reached
-            derivatives = [use.derivative for use in reached]
-            of_pass = _of_pass(layouts[key], reached, derivatives, sample)
-            moments[key] = tuple(tf.cast(scale, part.dtype) ** 2 * part for part in of_pass)
-    return _joined(moments, uses, sample, layouts)
+    uses = {
+        key: reached
+        for key, record in capture.records.items()
+        if key in layouts and (reached := record.differentiated_uses())
+    }
+    inputs = _Inputs(use for own in uses.values() for use in own)
+    for key, own in uses.items():
+        of_pass = _of_pass(layouts[key], own, [use.derivative for use in own], inputs, sample)
+        moments[key] = tuple(tf.cast(scale, part.dtype) ** 2 * part for part in of_pass)
+    return _joined(moments, uses, inputs, sample, layouts)
+
+
+class _Inputs:
+    """The inputs of some uses as dense tensors, each made once, in the graph of now."""
+
+    def __init__(self, uses: Iterable[Use]):
+        self._of_use = {id(use): use.dense_inputs() for use in uses}
+
+    def of(self, uses: Sequence[Use]) -> list[tf.Tensor]:
+        """Those of some uses."""
+        return [self._of_use[id(use)] for use in uses]
 
 
 def _joined(
     moments: Mapping[int, tuple[tf.Tensor, ...]],
     uses: Mapping[int, Sequence[Use]],
+    inputs: _Inputs,
     sample: ExampleSubset,
     layouts: Mapping[int, Moments],
 ) -> BatchStatistics:
     """Statistics of all layers: moments of the inputs, then those of the backward passes."""
 
     def of_inputs(key: int) -> tuple[tf.Tensor, ...]:
-        inputs, size = sample.take([use.dense_inputs() for use in uses[key]])
-        return layouts[key].from_inputs(inputs, size, _masks(uses[key], sample))
+        taken, size = sample.take(inputs.of(uses[key]))
+        return layouts[key].from_inputs(taken, size, _masks(uses[key], sample))
 
-    inputs = [use.dense_inputs() for own in uses.values() for use in own]
+    every = [tensor for own in uses.values() for tensor in inputs.of(own)]
+    numbers = [tensor for tensor in every if tensor.dtype.is_floating]
     return BatchStatistics(
         {key: (*of_inputs(key), *of_passes) for key, of_passes in moments.items()},
-        all_finite(inputs) if inputs else tf.constant(True),
+        all_finite(numbers) if numbers else tf.constant(True),
     )
 
 
 def _of_pass(
     layout: Moments,
     uses: Sequence[Use],
-    derivatives: Sequence[tf.Tensor],
+    derivatives: Sequence[Any],
+    inputs: _Inputs,
     sample: ExampleSubset,
 ) -> tuple[tf.Tensor, ...]:
-    inputs = [use.dense_inputs() for use in uses] if layout.needs_inputs else []
-    taken, size = sample.take([*inputs, *derivatives])
-    inputs, derivatives = taken[: len(inputs)], taken[len(inputs) :]
-    return layout.from_pass(inputs, derivatives, size, _masks(uses, sample))
+    needed = inputs.of(uses) if layout.needs_inputs else []
+    taken, size = sample.take([*needed, *derivatives])
+    return layout.from_pass(taken[: len(needed)], taken[len(needed) :], size, _masks(uses, sample))
 
 
 def _masks(uses: Sequence[Use], sample: ExampleSubset) -> list[tf.Tensor | None]:

@@ -1,8 +1,9 @@
-"""What every layer kind and its linear map must do, whatever they are.
+"""What every layer kind and its linear maps must do, whatever they are.
 
-The main test needs no formula of a kind's own. A layer is linear up to its activation, `s = ā W̄`
-for each position. So the gradient of `½ Σ s²` with regard to `W̄` is `(Σ ā āᵀ) W̄`: what automatic
-differentiation says of the layer must be what the map makes of its inputs.
+The main test needs no formula of a kind's own. The gradient of any loss with regard to a matrix is
+`Σ ā Dsᵀ` over all positions of all examples, for what was recorded of the inputs and for the
+derivatives of the pre-activations: what automatic differentiation says of the variables must be
+what the map makes of a capture.
 """
 
 import inspect
@@ -11,6 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
+from keras import layers
+from layer_cases import CASES, CELLS, NO_MATRICES, build
 
 import keras_kfc
 from conftest import relative_error
@@ -18,196 +22,285 @@ from keras_kfc._compat.keras_internals import mask_of, set_mask
 from keras_kfc.curvature.api import STRUCTURES
 from keras_kfc.layers.api import LayerKind
 from keras_kfc.layers.instrumented import CAPTURING_CLASSES, is_marked
+from keras_kfc.linalg.products import gram, sum_of_rows
 from keras_kfc.maps.api import LinearMap, input_factor, output_factor
 
-# A line for each layer kind: options, and shape of an example.
-KINDS = {
-    "Conv1D": [
-        ({"filters": 4, "kernel_size": 3}, (7, 2)),
-        ({"filters": 4, "kernel_size": 2, "strides": 2, "padding": "same", "groups": 2}, (7, 6)),
-        ({"filters": 3, "kernel_size": 3, "dilation_rate": 2, "padding": "causal"}, (7, 2)),
-    ],
-    "Conv2D": [
-        ({"filters": 4, "kernel_size": (3, 2)}, (6, 5, 2)),
-        ({"filters": 4, "kernel_size": 3, "strides": 2, "padding": "same", "groups": 2}, (6, 5, 4)),
-        ({"filters": 3, "kernel_size": 2, "dilation_rate": 2, "use_bias": False}, (6, 5, 3)),
-    ],
-    "Conv3D": [
-        ({"filters": 4, "kernel_size": (2, 3, 2)}, (4, 5, 3, 2)),
-        ({"filters": 4, "kernel_size": 3, "strides": (2, 1, 2), "padding": "same"}, (5, 4, 6, 2)),
-        ({"filters": 4, "kernel_size": (3, 1, 2), "groups": 2, "padding": "same"}, (4, 3, 4, 6)),
-        ({"filters": 3, "kernel_size": 2, "dilation_rate": 2, "use_bias": False}, (6, 5, 4, 3)),
-    ],
-    "Dense": [
-        ({"units": 3}, (4,)),
-        ({"units": 3, "use_bias": False}, (5, 4)),
-        ({"units": 2}, (3, 5, 4)),
-    ],
-}
-CASES = [(name, *case) for name, cases in KINDS.items() for case in cases]
+every = pytest.mark.parametrize("case", CASES, ids=str)
+first_of_each = {case.kind: case for case in reversed(CASES)}
+one_of_each = pytest.mark.parametrize("case", first_of_each.values(), ids=str)
 
 
-def layer_and_inputs(name, options, shape):
-    keras.utils.set_random_seed(3)
-    layer = getattr(keras_kfc.layers, name)(**options, bias_initializer="normal", dtype="float64")
-    inputs = tf.constant(np.random.default_rng(0).normal(size=(4, *shape)))
-    return layer, inputs, layer(inputs)
+def captured(case, training=True):
+    """A model of one layer, a capture of a pass through it, and all gradients of a loss."""
+    model, inputs = build(case)
+    with tf.GradientTape() as tape, keras_kfc.Capture() as capture:
+        outputs = model(inputs, training=training)
+        loss = tf.reduce_sum(tf.sin(1.3 * outputs + 0.2))
+    gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+    by_variable = {
+        id(variable): tf.convert_to_tensor(gradient)
+        for variable, gradient in zip(model.trainable_variables, gradients, strict=True)
+    }
+    derivatives = capture.differentiate([loss], [tf.ones_like(loss)])
+    uses = {}
+    for key, record in capture.records.items():
+        pairs = zip(record.uses, derivatives[key], strict=True)
+        uses[key] = [(use, derivative) for use, derivative in pairs if derivative is not None]
+    return model, capture, uses, by_variable
 
 
-def stacked(layer, kernel, bias):
-    return layer.linear_map.stack_bias(kernel, bias if layer.use_bias else None)
+def rows_of(matrix, use):
+    rows = tf.cast(matrix.linear_map.input_rows(use.dense_inputs()), tf.float64)
+    return rows if matrix.bias is None else tf.concat((rows, tf.ones_like(rows[..., :1])), 2)
+
+
+def stacked(matrix, by_variable):
+    bias = None if matrix.bias is None else by_variable[id(matrix.bias)]
+    return matrix.linear_map.stack_bias(by_variable[id(matrix.kernel)], bias)
 
 
 def test_every_registered_kind_is_here():
     registered = {kind.__name__ for kind in CAPTURING_CLASSES.values()}
-    assert not registered - set(KINDS), "These kinds have no line in KINDS"
-    assert not set(KINDS) - registered, (
+    here = {case.kind for case in CASES} | set(CELLS)
+    assert not registered - here, "These kinds have no line in layer_cases.py"
+    assert not here - registered, (
         "These are not registered: is there a class with @instruments(...) in keras_kfc/layers?"
     )
-    assert all(getattr(keras_kfc.layers, name) in CAPTURING_CLASSES.values() for name in KINDS)
+    assert all(getattr(keras_kfc.layers, kind) in CAPTURING_CLASSES.values() for kind in here)
 
 
-@pytest.mark.parametrize(("name", "options", "shape"), CASES)
-def test_the_map_makes_of_the_inputs_what_differentiation_makes_of_the_layer(name, options, shape):
-    layer, inputs, _ = layer_and_inputs(name, options, shape)
-    variables = [layer.kernel.value] + ([layer.bias.value] if layer.use_bias else [])
-    with tf.GradientTape() as tape:
-        half_square = 0.5 * tf.reduce_sum(tf.square(layer(inputs)))
-    gradients = [*tape.gradient(half_square, variables), None]
-    expected = stacked(layer, *gradients[:2])
-    weights = stacked(layer, layer.kernel.value, layer.bias.value if layer.use_bias else None)
-    omega = input_factor(layer.linear_map, [inputs], tf.constant(4), layer.use_bias)
-    assert relative_error(4.0 * omega @ weights, expected) < 1e-12, (
-        "input_moments or stack_bias is not what the layer does: the order of rows must be the "
-        "kernel's own, moments are sums over examples and positions, padding counts as zeros"
-    )
-    # Negative control: in another order of the rows it would not be.
-    assert relative_error(4.0 * omega[:, ::-1] @ weights, expected) > 0.1
-
-
-@pytest.mark.parametrize(("name", "options", "shape"), CASES)
-def test_derivatives_become_rows_of_all_positions(name, options, shape):
-    layer, inputs, outputs = layer_and_inputs(name, options, shape)
-    linear_map = layer.linear_map
-    rows = linear_map.derivative_rows(outputs)
-    positions = int(linear_map.count_positions(inputs))
-    columns = linear_map.outputs // linear_map.groups
-    assert rows.shape == (linear_map.groups, positions, columns)
-    # A channel of a group is one of the output's last axis.
-    for group in range(linear_map.groups):
-        own = outputs.numpy().reshape(positions, -1)[:, group * columns : (group + 1) * columns]
-        np.testing.assert_array_equal(rows[group], own)
-        gamma = output_factor(linear_map, [outputs])[group]
-        assert relative_error(gamma, own.T @ own / positions) < 1e-12
-
-
-@pytest.mark.parametrize(("name", "options", "shape"), CASES)
-def test_rows_are_what_moments_are_of(name, options, shape):
-    layer, inputs, _ = layer_and_inputs(name, options, shape)
-    linear_map = layer.linear_map
-    rows = linear_map.input_rows(inputs).numpy()
-    positions = int(linear_map.count_positions(inputs))
-    assert rows.shape == (linear_map.groups, positions, linear_map.kernel_rows)
-    moment, total = linear_map.input_moments(inputs)
-    assert relative_error(moment, rows.transpose(0, 2, 1) @ rows) < 1e-12
-    assert relative_error(total, rows.sum(1)) < 1e-12
-    # Positions of an example follow each other.
-    first = linear_map.input_rows(inputs[:1]).numpy()
-    np.testing.assert_array_equal(rows[:, : first.shape[1]], first)
-
-
-@pytest.mark.parametrize(("name", "options", "shape"), CASES)
-def test_weights_are_stacked_and_unstacked(name, options, shape):
-    layer, _, _ = layer_and_inputs(name, options, shape)
-    linear_map = layer.linear_map
-    bias = layer.bias.value if layer.use_bias else None
-    weights = linear_map.stack_bias(layer.kernel.value, bias)
-    rows = linear_map.kernel_rows + layer.use_bias
-    assert weights.shape == (linear_map.groups, rows, linear_map.outputs // linear_map.groups)
-    kernel, again = linear_map.unstack_bias(weights)
-    np.testing.assert_array_equal(kernel, layer.kernel)
-    assert (again is None) == (not layer.use_bias)
-    if again is not None:
-        np.testing.assert_array_equal(again, layer.bias)
-
-
-@pytest.mark.parametrize(("name", "options", "shape"), CASES)
-def test_the_map_has_the_members_of_the_protocol(name, options, shape):
-    layer, _, _ = layer_and_inputs(name, options, shape)
-    for protocol, thing in ((LinearMap, layer.linear_map), (LayerKind, layer)):
-        for member, _ in inspect.getmembers(protocol):
-            assert member.startswith("_") or hasattr(thing, member), member
-    assert layer.curvature_structure in {None, *STRUCTURES}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_capture_sees_the_inputs_and_derivatives_of_a_use(name):
-    options, shape = KINDS[name][0]
-    layer, inputs, _ = layer_and_inputs(name, options, shape)
-    with keras_kfc.Capture() as capture:
-        outputs = layer(inputs)
-        loss = tf.reduce_sum(outputs**3)
+@every
+def test_what_is_recorded_explains_the_gradient(case):
+    _, capture, uses, by_variable = captured(case)
     assert capture.records, "The layer's call must send its pre-activation through self._observe"
-    (record,) = capture.records.values()
-    (use,) = record.uses
-    assert use.inputs is inputs and record.linear_map == layer.linear_map
-    ((derivative,),) = capture.differentiate([loss], [tf.ones_like(loss)]).values()
-    assert relative_error(derivative, 3 * outputs**2) < 1e-12
+    for key, record in capture.records.items():
+        matrix, total = record.matrix, 0
+        for use, derivative in uses[key]:
+            columns = matrix.linear_map.derivative_rows(derivative)
+            total += tf.matmul(rows_of(matrix, use), columns, transpose_a=True)
+        expected = stacked(matrix, by_variable)
+        assert relative_error(total, expected) < case.tolerance, (
+            "input_rows, derivative_rows or stack_bias is not what the layer does: the order of "
+            "rows must be that of stack_bias, and padding counts as zeros"
+        )
+        # Negative control: in another order of the positions it would not be.
+        rows = rows_of(matrix, use)
+        if len(uses[key]) == 1 and tf.math.reduce_std(rows) > 0:
+            wrong = tf.matmul(rows, tf.roll(columns, 1, 1), transpose_a=True)
+            assert relative_error(wrong, expected) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "options", "shape"), CASES)
-def test_parts_are_of_channels_cut_in_two(name, options, shape):
+@every
+def test_all_matrices_are_recorded_and_marked(case):
+    model, capture, uses, _ = captured(case)
+    recorded = {id(record.matrix.kernel) for record in capture.records.values() if uses}
+    for layer in model._flatten_layers():
+        kind = type(layer) in CAPTURING_CLASSES.values()
+        if kind and layer.weight_matrices:
+            assert is_marked(layer), "KroneckerLayer must be the first base, Keras's the second"
+            assert {id(matrix.kernel) for matrix in layer.weight_matrices} <= recorded
+            names = [matrix.name for matrix in layer.weight_matrices]
+            assert len(set(names)) == len(names) and (len(names) == 1) == (names == [""])
+
+
+@every
+def test_derivatives_become_rows_of_all_positions(case):
+    _, capture, uses, _ = captured(case)
+    for key, record in capture.records.items():
+        linear_map = record.linear_map
+        for use, derivative in uses[key]:
+            rows = linear_map.derivative_rows(derivative)
+            positions = int(linear_map.count_positions(use.dense_inputs()))
+            columns = linear_map.outputs // linear_map.groups
+            assert rows.shape == (linear_map.groups, positions, columns)
+            # Nothing is lost, and positions of an example follow each other.
+            assert relative_error(tf.reduce_sum(rows**2), tf.reduce_sum(derivative**2)) < 1e-6
+            examples = derivative.shape[0]
+            first = linear_map.derivative_rows(derivative[:1])
+            np.testing.assert_array_equal(rows[:, : positions // examples], first)
+            gamma = output_factor(linear_map, [derivative])
+            assert relative_error(gamma, gram(rows) / positions) < 1e-12
+
+
+@every
+def test_rows_are_what_moments_are_of(case):
+    _, capture, uses, _ = captured(case)
+    for key, record in capture.records.items():
+        linear_map = record.linear_map
+        for use, _ in uses[key]:
+            inputs = use.dense_inputs()
+            rows = linear_map.input_rows(inputs)
+            positions = int(linear_map.count_positions(inputs))
+            assert rows.shape == (linear_map.groups, positions, linear_map.kernel_rows)
+            moment, total = linear_map.input_moments(inputs)
+            assert relative_error(moment, gram(rows)) < 1e-6
+            assert relative_error(total, sum_of_rows(rows)) < 1e-6
+            use_bias = record.matrix.bias is not None
+            if inputs.dtype.is_floating:
+                omega = input_factor(linear_map, [inputs], tf.constant(4), use_bias)
+                whole = tf.cast(rows_of(record.matrix, use), omega.dtype)
+                assert relative_error(4.0 * omega, gram(whole)) < 1e-6
+
+
+@every
+def test_gradients_of_examples_are_sums_over_their_positions(case):
+    """For maps that have a quick way to them: the same from rows, one example at a time."""
+    _, capture, uses, _ = captured(case)
+    for key, record in capture.records.items():
+        quick = getattr(record.linear_map, "example_gradients", None)
+        for use, derivative in uses[key] if quick else ():
+            inputs, use_bias = use.dense_inputs(), record.matrix.bias is not None
+            gradients = quick(inputs, derivative, use_bias)
+            for example in range(derivative.shape[0]):
+                own = slice(example, example + 1)
+                rows = tf.cast(record.linear_map.input_rows(inputs[own]), tf.float64)
+                if use_bias:
+                    rows = tf.concat((rows, tf.ones_like(rows[..., :1])), 2)
+                columns = record.linear_map.derivative_rows(derivative[own])
+                expected = tf.matmul(rows, columns, transpose_a=True)
+                assert relative_error(gradients[example], expected) < case.tolerance
+
+
+@every
+def test_weights_are_stacked_and_unstacked(case):
+    model, _ = build(case)
+    for layer in model._flatten_layers():
+        for matrix in getattr(layer, "weight_matrices", ()):
+            linear_map, bias = matrix.linear_map, matrix.bias
+            weights = linear_map.stack_bias(
+                matrix.kernel.value, None if bias is None else bias.value
+            )
+            rows = linear_map.kernel_rows + (bias is not None)
+            columns = linear_map.outputs // linear_map.groups
+            assert weights.shape == (linear_map.groups, rows, columns)
+            kernel, again = linear_map.unstack_bias(weights)
+            np.testing.assert_array_equal(kernel, matrix.kernel)
+            assert (again is None) == (bias is None)
+            if again is not None:
+                np.testing.assert_array_equal(again, bias)
+            # Equal layers have equal maps, which can be keys.
+            assert len({linear_map, type(linear_map)(**_fields(linear_map))}) == 1
+
+
+def _fields(linear_map):
+    fields = linear_map.__dataclass_fields__
+    return {name: getattr(linear_map, name) for name, field in fields.items() if field.init}
+
+
+@one_of_each
+def test_the_map_has_the_members_of_the_protocol(case):
+    model, _ = build(case)
+    for layer in model._flatten_layers():
+        if type(layer) not in CAPTURING_CLASSES.values():
+            continue
+        things = [(LayerKind, layer)]
+        things += [(LinearMap, matrix.linear_map) for matrix in layer.weight_matrices]
+        for protocol, thing in things:
+            for member, _ in inspect.getmembers(protocol):
+                assert member.startswith("_") or hasattr(thing, member), member
+        assert all(m.structure in {None, *STRUCTURES} for m in layer.weight_matrices)
+
+
+@every
+def test_parts_are_of_channels_cut_in_two(case):
     """Each part sees half of a group's channels, the last one filled up with zeros."""
-    layer, inputs, _ = layer_and_inputs(name, options, shape)
-    linear_map = layer.linear_map
-    channels = linear_map.inputs // linear_map.groups
-    if linear_map.groups > 1 and channels % 2:
-        return
-    moments, totals = linear_map.input_moments(inputs, 2)
-    rows = linear_map.input_rows(inputs).numpy()
-    rows = rows.reshape(*rows.shape[:2], -1, channels)
-    rows = np.pad(rows, [(0, 0)] * 3 + [(0, channels % 2)])
-    half = rows.shape[-1] // 2
-    parts = [rows[..., :half], rows[..., half:]]
-    cut = np.stack([part.reshape(*rows.shape[:2], -1) for part in parts], 1)
-    cut = cut.reshape(-1, *cut.shape[2:])
-    assert relative_error(moments, cut.transpose(0, 2, 1) @ cut) < 1e-12
-    assert relative_error(totals, cut.sum(1)) < 1e-12
+    _, capture, uses, _ = captured(case)
+    for key, record in capture.records.items():
+        linear_map = record.linear_map
+        channels = linear_map.inputs // linear_map.groups
+        whole = record.matrix.structure in ("full", "diagonal_input")
+        if whole or (linear_map.groups > 1 and channels % 2):
+            continue
+        use, _ = uses[key][0]
+        moments, totals = linear_map.input_moments(use.inputs, 2)
+        rows = linear_map.input_rows(use.inputs).numpy()
+        rows = rows.reshape(*rows.shape[:2], -1, channels)
+        rows = np.pad(rows, [(0, 0)] * 3 + [(0, channels % 2)])
+        half = rows.shape[-1] // 2
+        parts = [rows[..., :half], rows[..., half:]]
+        cut = np.stack([part.reshape(*rows.shape[:2], -1) for part in parts], 1)
+        cut = cut.reshape(-1, *cut.shape[2:])
+        assert relative_error(moments, cut.transpose(0, 2, 1) @ cut) < 1e-6
+        assert relative_error(totals, cut.sum(1)) < 1e-6
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_layer_is_keras_own_but_for_what_it_records(name, tmp_path):
-    """With an activation: what is recorded comes before it, what comes out after it."""
-    options, shape = KINDS[name][0]
-    kind, plain = getattr(keras_kfc.layers, name), getattr(keras.layers, name)
-    layers = []
-    for cls in (kind, plain):
-        keras.utils.set_random_seed(3)
-        layers.append(cls(**options, activation="tanh", bias_initializer="normal"))
-    inputs = np.random.default_rng(0).normal(size=(4, *shape)).astype("float32")
+@every
+def test_a_layer_is_keras_own_but_for_what_it_records(case):
+    """The same outputs with a capture, to the precision of sums in another order; and without."""
+    model, inputs = build(case)
+    keras_kfc.strip(model)
+    plain = model(inputs)
+    keras_kfc.instrument(model)
+    np.testing.assert_array_equal(model(inputs), plain)
     with keras_kfc.Capture() as capture:
-        outputs = layers[0](inputs)
-    np.testing.assert_array_equal(outputs, layers[1](inputs))
-    (record,) = capture.records.values()
-    np.testing.assert_allclose(np.tanh(record.uses[0].pre_activation), outputs, atol=1e-6)
-    assert is_marked(layers[0]), "KroneckerLayer must be the first base, Keras's class the second"
-    # Equal layers have equal maps, which can be keys.
-    assert len({layers[0].linear_map, layers[0].linear_map}) == 1
-    model = keras.Sequential([keras.Input(shape), layers[0]])
+        outputs = model(inputs)
+    assert capture.records
+    np.testing.assert_allclose(outputs, plain, rtol=1e-12, atol=1e-12)
+
+
+@one_of_each
+def test_a_layer_is_saved_and_loaded_as_it_is(case, tmp_path):
+    model, inputs = build(case)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.layers[0]) is kind
-    np.testing.assert_array_equal(loaded(inputs), outputs)
+    kinds = [type(layer) for layer in model._flatten_layers()]
+    assert [type(layer) for layer in loaded._flatten_layers()] == kinds
+    np.testing.assert_array_equal(loaded(inputs), model(inputs))
+    # And built from `keras_kfc.layers` without `instrument`.
+    own = build(case, library=keras_kfc.layers, instrumented=False)[0]
+    assert kinds == [type(layer) for layer in own._flatten_layers()]
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_only_kinds_that_keep_positions_say_so(name):
-    """A mask of the input is one of the output only where Keras hands it on."""
-    options, shape = KINDS[name][0]
-    if len(shape) < 2:
-        options, shape = KINDS[name][1]
-    layer, inputs, _ = layer_and_inputs(name, options, shape)
-    mask = tf.ones(inputs.shape[:2], tf.bool)
-    set_mask(inputs, mask)
-    kept = mask_of(layer(inputs)) is not None
-    assert layer.linear_map.keeps_positions == kept
+@pytest.mark.parametrize("case", few(first_of_each.values(), 2), ids=str)
+def test_a_layer_trains_and_resumes(case, tmp_path):
+    """Blocks, factors and momenta are stored and go on as they were."""
+    model, inputs = build(case, "float32")
+    outputs = layers.Dense(2)(layers.Flatten()(model.outputs[0]))
+    model = keras_kfc.instrument(keras.Model(model.inputs, outputs))
+    targets = np.random.default_rng(1).normal(size=(len(inputs), 2)).astype("float32")
+    model.compile(keras_kfc.KFC(seed=1), "mse")
+    options = {"batch_size": 2, "shuffle": False, "verbose": 0}
+    losses = model.fit(inputs, targets, epochs=8, **options).history["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+    assert len(model.optimizer.blocks) > 1 and not model.optimizer.skipped_steps.numpy()
+    assert not model.optimizer.rejected_inverse_updates.numpy()
+    model.save(tmp_path / "model.keras")
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    for one in (model, resumed):
+        one.fit(inputs, targets, epochs=10, initial_epoch=8, **options)
+    for one, other in zip(model.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@one_of_each
+def test_a_layer_trains_in_half_precision(case, policy):
+    model, inputs = build(case, policy)
+    outputs = layers.Dense(2, dtype="float32")(layers.Flatten()(model.outputs[0]))
+    model = keras_kfc.instrument(keras.Model(model.inputs, outputs))
+    targets = np.random.default_rng(1).normal(size=(len(inputs), 2)).astype("float32")
+    model.compile(keras_kfc.KFC(seed=1), "mse")
+    losses = model.fit(inputs, targets, epochs=8, batch_size=2, verbose=0).history["loss"]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+@one_of_each
+def test_a_mask_that_keras_hands_on_counts(case):
+    """Unless the weights have numbers for the steps that it leaves out."""
+    if case.kind in NO_MATRICES or case.kind == "Embedding":
+        return
+    model, inputs = build(case)
+    layer = model.layers[-1]
+    if len(inputs.shape) < 3:
+        return
+    tensor = tf.constant(inputs)
+    mask = tf.constant(np.arange(inputs.shape[1]) < 2)[None] & tf.ones((4, 1), tf.bool)
+    set_mask(tensor, mask)
+    with keras_kfc.Capture() as capture:
+        kept = mask_of(layer(tensor)) is not None
+    for record in capture.records.values():
+        keeps = record.linear_map.keeps_positions
+        assert keeps or not kept or case.kind == "PReLU"
+        assert kept or not keeps or case.kind in ("EinsumDense", "RMSNormalization")
+        assert all((use.mask is mask) == keeps for use in record.uses)

@@ -17,24 +17,28 @@ from conftest import relative_error
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout, CurvatureBlock
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
+from keras_kfc.maps.embedding import EmbeddingMap
 
-# A line for each structure: a network that it trains, as the options of the optimizer.
-STRUCTURE_OPTIONS = {
-    "diagonal": {},
-    "kronecker": {},
+# A line for each structure: what is to be had of it for any map, or the maps that it is for.
+STRUCTURE_MAPS = {
+    "diagonal": None,
+    "diagonal_input": {"table": (EmbeddingMap(7, 3), (6, 5), (6, 5, 3))},
+    "full": None,
+    "kronecker": None,
 }
+FOR_ANY_MAP = [name for name, maps in STRUCTURE_MAPS.items() if maps is None]
 MAPS = {
     "dense": (DenseMap(4, 3), (6, 4), (6, 3)),
     "dense, positions": (DenseMap(4, 3), (6, 5, 4), (6, 5, 3)),
     "conv": (Conv2DMap((2, 2), 3, 4), (6, 4, 5, 3), (6, 3, 4, 4)),
     "groups": (Conv2DMap((2, 2), 4, 6, groups=2), (6, 4, 5, 4), (6, 3, 4, 6)),
 }
-QUICK = {("dense", True), ("groups", False)}
+QUICK = {("dense", True), ("groups", False), ("table", False)}
 CASES = [
     pytest.param(name, case, bias, marks=() if (case, bias) in QUICK else pytest.mark.slow)
-    for name in STRUCTURE_OPTIONS
-    for case in MAPS
-    for bias in (True, False)
+    for name in STRUCTURE_MAPS
+    for case in STRUCTURE_MAPS[name] or MAPS
+    for bias in ((True, False) if case in MAPS else (False,))
 ]
 every = pytest.mark.parametrize(("name", "case", "use_bias"), CASES)
 
@@ -47,9 +51,11 @@ class Example:
     """A block with the moments of a random batch."""
 
     def __init__(self, name, case, use_bias, max_dim=None):
-        self.linear_map, in_shape, out_shape = MAPS[case]
+        self.linear_map, in_shape, out_shape = (STRUCTURE_MAPS[name] or MAPS)[case]
         rng = np.random.default_rng(0)
-        self.inputs = tf.constant(rng.normal(size=in_shape))
+        numbers = rng.normal(size=in_shape)
+        tokens = rng.integers(0, self.linear_map.inputs, in_shape)
+        self.inputs = tf.constant(tokens if case == "table" else numbers)
         self.derivatives = tf.constant(rng.normal(size=out_shape))
         self.structure = STRUCTURES[name]
         self.layout = self.structure.layout(self.linear_map, use_bias, max_dim)
@@ -92,7 +98,16 @@ class Example:
 
 
 def test_every_structure_is_here():
-    assert set(STRUCTURE_OPTIONS) == set(STRUCTURES)
+    assert set(STRUCTURE_MAPS) == set(STRUCTURES)
+    for name, structure in STRUCTURES.items():
+        assert structure.for_any_map == (name in FOR_ANY_MAP)
+
+
+def test_a_user_chooses_among_those_for_any_map():
+    for name in FOR_ANY_MAP:
+        assert keras_kfc.KFC(structure=name).structure == name
+    with pytest.raises(ValueError, match=r"`structure` .*'diagonal', 'full', 'kronecker'.*input'"):
+        keras_kfc.KFC(structure="diagonal_input")
 
 
 @every
@@ -173,7 +188,7 @@ def test_relative_damping_is_free_of_scale(name, case, use_bias):
     np.testing.assert_allclose(steps[0], steps[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", STRUCTURE_OPTIONS)
+@pytest.mark.parametrize("name", FOR_ANY_MAP)
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_the_trace_of_one_example_is_that_of_its_gradient(name, use_bias):
     example = Example(name, "dense", use_bias)
@@ -225,7 +240,7 @@ def net(name):
         keras.layers.Dense(3),
     ]
     model = keras_kfc.instrument(keras.Sequential(layers))
-    optimizer = keras_kfc.KFC(structure=name, seed=1, **STRUCTURE_OPTIONS[name])
+    optimizer = keras_kfc.KFC(structure=name, seed=1)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
 
@@ -236,7 +251,7 @@ def data():
     return x, np.digitize(x[:, :4].mean((1, 2, 3)), [-0.1, 0.1])
 
 
-@pytest.mark.parametrize("name", STRUCTURE_OPTIONS)
+@pytest.mark.parametrize("name", FOR_ANY_MAP)
 def test_it_trains_and_resumes(name, tmp_path):
     x, y = data()
     model = net(name)
@@ -250,7 +265,7 @@ def test_it_trains_and_resumes(name, tmp_path):
 
 
 def test_state_of_another_structure_is_refused():
-    first, *others = STRUCTURE_OPTIONS
+    first, *others = FOR_ANY_MAP
     store = {}
     for name in (first, *others):
         optimizer = net(name).optimizer
@@ -259,6 +274,11 @@ def test_state_of_another_structure_is_refused():
             optimizer.iterations.assign(7)
             optimizer.save_own_variables(store)
             continue
-        with pytest.warns(UserWarning, match="Skipping"):
+        as_many = STRUCTURES[name].layout(DenseMap(4, 3), True, None).factor_shapes
+        if len(as_many) == len(STRUCTURES[first].layout(DenseMap(4, 3), True, None).factor_shapes):
+            refusal = pytest.raises(ValueError, match="belongs to other layers or settings")
+        else:
+            refusal = pytest.warns(UserWarning, match="Skipping")
+        with refusal:
             optimizer.load_own_variables(store)
         assert int(optimizer.iterations) == 0

@@ -1,0 +1,229 @@
+"""The Fisher block of each group of a layer's channels as a whole matrix.
+
+For layers whose groups have few weights: scale and shift of a channel, the kernel of a depthwise
+convolution. With `D_b` the derivative of one example's loss with regard to the `k = n m` weights
+of a group, the block keeps `E[D_b D_bᵀ]`, the definition of the Fisher matrix with nothing
+approximated, and its damped inverse is `(E[D_b D_bᵀ] + λ)⁻¹`. Groups are taken to be
+uncorrelated, and so are several uses of a layer in one forward pass. For scale and shift this is
+the "unit-wise" block of Osawa et al. (2019, "Large-scale distributed second-order optimization
+using Kronecker-factored approximate curvature").
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_kfc.curvature.api import structure
+from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.linalg.inverse import damped_inverse
+from keras_kfc.maps.api import LinearMap, masked
+
+
+@dataclasses.dataclass(frozen=True)
+class FullLayout:
+    """What the Fisher matrices of one layer's groups are measured from.
+
+    Args:
+        linear_map: The layer's weights as a linear map.
+        use_bias: Whether they have a row for the bias.
+    """
+
+    linear_map: LinearMap
+    use_bias: bool
+    needs_inputs = True
+
+    @property
+    def weights_shape(self) -> tuple[int, int, int]:
+        """`(G, n, m)`."""
+        groups = self.linear_map.groups
+        rows = self.linear_map.kernel_rows + self.use_bias
+        return (groups, rows, self.linear_map.outputs // groups)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        groups, rows, columns = self.weights_shape
+        return (groups, rows * columns, rows * columns)
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Shape of the matrices, `(G, k, k)`."""
+        return {"full": self._shape}
+
+    @property
+    def inverse_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Shape of their damped inverses, likewise."""
+        return {"full_inverse": self._shape}
+
+    def from_inputs(
+        self,
+        inputs: Sequence[tf.Tensor],
+        batch_size: tf.Tensor,
+        masks: Sequence[tf.Tensor | None],
+    ) -> tuple[tf.Tensor, ...]:
+        """Nothing: inputs alone do not tell."""
+        del inputs, batch_size, masks
+        return ()
+
+    def from_pass(
+        self,
+        inputs: Sequence[tf.Tensor],
+        derivatives: Sequence[tf.Tensor],
+        batch_size: tf.Tensor,
+        masks: Sequence[tf.Tensor | None],
+    ) -> tuple[tf.Tensor, ...]:
+        """Mean over examples of the outer products of their derivatives, `(G, k, k)`."""
+        total = tf.add_n(
+            [
+                self._sum_of_products(a, masked(ds, mask))
+                for a, ds, mask in zip(inputs, derivatives, masks, strict=True)
+            ]
+        )
+        return (total / tf.cast(batch_size, total.dtype),)
+
+    def _sum_of_products(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+        gradients = self._example_gradients(inputs, derivatives)
+        groups, size, _ = self._shape
+        rows = tf.transpose(tf.reshape(gradients, (-1, groups, size)), (1, 0, 2))
+        return tf.matmul(rows, rows, transpose_a=True)
+
+    def _example_gradients(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+        """Each example's derivative with regard to the weights, `(B, G, n, m)`."""
+        quick = getattr(self.linear_map, "example_gradients", None)
+        if quick is not None:
+            return quick(inputs, derivatives, self.use_bias)
+        groups, _, columns = self.weights_shape
+        rows = self.linear_map.input_rows(inputs)
+        if self.use_bias:
+            rows = tf.concat((rows, tf.ones_like(rows[..., :1])), axis=2)
+        shape = (groups, tf.shape(derivatives)[0], -1)
+        rows = tf.reshape(rows, (*shape, rows.shape[2]))
+        seen = tf.reshape(self.linear_map.derivative_rows(derivatives), (*shape, columns))
+        return tf.transpose(tf.matmul(rows, seen, transpose_a=True), (1, 0, 2, 3))
+
+    def compromises(self, max_dim: int | None) -> list[str]:
+        """None: a block is whole, or `layout` refuses it."""
+        del max_dim
+        return []
+
+
+class FullBlock(AveragedBlock):
+    """The Fisher matrices of one layer's groups and their damped inverses."""
+
+    layout: FullLayout
+
+    @property
+    def full(self) -> tf.Tensor:
+        """Moving average of the matrices, `(G, k, k)`."""
+        return tf.convert_to_tensor(self.state["full"])
+
+    def multiply(self, weights: tf.Tensor) -> tf.Tensor:
+        """The damped inverses times the weights of each group."""
+        inverse = tf.convert_to_tensor(self.state["full_inverse"])
+        columns = tf.reshape(weights, (*inverse.shape[:2], 1))
+        return tf.reshape(inverse @ columns, weights.shape)
+
+    def matrices(self, name: str) -> list[np.ndarray]:
+        """The matrices of all groups, or their inverses."""
+        return list(self.state[name].numpy())
+
+    def spectra(self, name: str) -> list[np.ndarray]:
+        """Eigenvalues of the matrix of each group; NaN if it is broken."""
+        parts = [part.astype("float64") for part in self.matrices(name)]
+        return [
+            np.linalg.eigvalsh(part) if np.isfinite(part).all() else np.full(len(part), np.nan)
+            for part in parts
+        ]
+
+
+class FullRefresh:
+    """New inverses of whole blocks.
+
+    Args:
+        blocks: The blocks.
+    """
+
+    def __init__(self, blocks: Sequence[FullBlock]):
+        self._blocks = blocks
+        self._matrices = [block.full for block in blocks]
+
+    @property
+    def trace(self) -> tf.Tensor:
+        """Sum of the traces of all matrices, a scalar."""
+        dtype = max((part.dtype for part in self._matrices), key=lambda dtype: dtype.size)
+        traces = [tf.reduce_sum(tf.linalg.trace(part)) for part in self._matrices]
+        return tf.add_n([tf.cast(trace, dtype) for trace in traces])
+
+    @property
+    def size(self) -> float:
+        """Number of rows of all matrices."""
+        return float(sum(part.shape[0] * part.shape[1] for part in self._matrices))
+
+    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+        """Inverts all matrices, those of a size together; those of a layer share the damping."""
+        shifts = [_shift(matrix, damping, network_mean) for matrix in self._matrices]
+        sizes: dict[tuple[int, tf.DType], list[int]] = {}
+        for place, matrix in enumerate(self._matrices):
+            sizes.setdefault((matrix.shape[1], matrix.dtype), []).append(place)
+        inverses: dict[int, tf.Tensor] = {}
+        for places in sizes.values():
+            counts = [self._matrices[place].shape[0] for place in places]
+            stack = tf.concat([self._matrices[place] for place in places], axis=0)
+            shift = tf.concat([shifts[place] for place in places], axis=0)
+            parts = tf.split(damped_inverse(stack, shift), counts)
+            inverses.update(zip(places, parts, strict=True))
+        return [block.store_inverses([inverses[place]]) for place, block in enumerate(self._blocks)]
+
+
+def _shift(matrix: tf.Tensor, damping: tf.Tensor, network_mean: tf.Tensor | None) -> tf.Tensor:
+    """What to add to the diagonals, `(G,)`.
+
+    Relative damping is in units of the mean eigenvalue of all groups together: a channel without
+    derivatives is not divided by its rounding errors.
+    """
+    shift = tf.cast(damping, matrix.dtype)
+    if network_mean is not None:
+        mean = tf.reduce_mean(tf.linalg.diag_part(matrix))
+        shift *= tf.where(mean > 0, mean, tf.cast(network_mean, matrix.dtype))
+    return tf.fill((matrix.shape[0],), shift)
+
+
+@structure("full")
+class Full:
+    """The whole Fisher matrix of each group."""
+
+    for_any_map = True
+
+    def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> FullLayout:
+        """Whole matrices.
+
+        Raises:
+            ValueError: If they have more rows than the limit.
+        """
+        layout = FullLayout(linear_map, use_bias)
+        size = layout.factor_shapes["full"][1]
+        if max_dim is not None and size > max_dim:
+            raise ValueError(
+                "Argument `structure` must not be 'full' for layers with more weights than "
+                f"`max_factor_dim` in a group. Received: {size} weights, "
+                f"max_factor_dim={max_dim}. Use 'kronecker' or 'diagonal'."
+            )
+        return layout
+
+    def block(
+        self,
+        path: str,
+        layout: FullLayout,
+        kernel: int,
+        bias: int | None,
+        dtype: str,
+        add_variable: Callable[..., keras.Variable],
+    ) -> FullBlock:
+        """A `FullBlock`."""
+        return FullBlock(path, layout, kernel, bias, dtype, add_variable)
+
+    def refresh(self, blocks: Sequence[FullBlock]) -> FullRefresh:
+        """Inverses of all blocks."""
+        return FullRefresh(blocks)
