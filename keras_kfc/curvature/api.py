@@ -127,13 +127,21 @@ class Structure(Protocol):
     # Whether it is to be had for any linear map, so that a user may choose it.
     for_any_map: bool
 
-    def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> BlockLayout:
+    def layout(
+        self,
+        linear_map: LinearMap,
+        use_bias: bool,
+        max_dim: int | None,
+        weight_sharing: str = "expand",
+    ) -> BlockLayout:
         """The layout of a layer's block.
 
         Args:
             linear_map: The layer's weights as a linear map.
             use_bias: Whether the bias is in the block.
             max_dim: Rows that no matrix of the block may have more than, or None.
+            weight_sharing: The setting for weights that an example uses at many positions, for
+                structures that need one.
         """
 
     def block(

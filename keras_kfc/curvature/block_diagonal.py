@@ -29,6 +29,7 @@ class BlockDiagonal:
         structure: Name of the blocks' structure, for layers that have no choice of their own.
         max_factor_dim: Rows beyond which a factor is cut into diagonal blocks, or None.
         left_out: Indices of kernels that get no block.
+        weight_sharing: As in `keras_kfc.curvature.choice.planned_blocks`.
 
     Attributes:
         blocks: The blocks, in the order of their kernels.
@@ -41,13 +42,14 @@ class BlockDiagonal:
         structure: str = "kronecker",
         max_factor_dim: int | None = None,
         left_out: Container[int] = (),
+        weight_sharing: str | None = None,
     ):
         self.blocks: list[CurvatureBlock] = []
         self._block_of_kernel: dict[int, CurvatureBlock] = {}
         self._captured: set[int] = set()
         self._kernels: dict[int, keras.Variable] = {}
         self._members: dict[str, list[CurvatureBlock]] = {}
-        for plan in planned_blocks(variables, structure, max_factor_dim):
+        for plan in planned_blocks(variables, structure, max_factor_dim, weight_sharing):
             index = plan.kernel
             if index in left_out:
                 continue

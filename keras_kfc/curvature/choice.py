@@ -28,7 +28,10 @@ class PlannedBlock:
 
 
 def planned_blocks(
-    variables: Sequence[Any], structure: str, max_factor_dim: int | None
+    variables: Sequence[Any],
+    structure: str,
+    max_factor_dim: int | None,
+    weight_sharing: str | None = None,
 ) -> Iterator[PlannedBlock]:
     """The blocks that an optimizer has, or would have, for some trainable variables.
 
@@ -36,9 +39,16 @@ def planned_blocks(
         variables: The variables.
         structure: Name of the structure for matrices that have no choice of their own.
         max_factor_dim: Rows beyond which a factor is cut into diagonal blocks, or None.
+        weight_sharing: The setting for weights that an example uses at many positions, or None
+            for that of each layer kind.
     """
     for group in parameter_groups(variables):
         name = group.matrix.structure or structure
         use_bias = group.bias is not None
-        layout = STRUCTURES[name].layout(group.matrix.linear_map, use_bias, max_factor_dim)
+        layout = STRUCTURES[name].layout(
+            group.matrix.linear_map,
+            use_bias,
+            max_factor_dim,
+            weight_sharing or group.matrix.weight_sharing,
+        )
         yield PlannedBlock(group.path, name, layout, group.kernel, group.bias)

@@ -207,9 +207,15 @@ class Diagonal:
 
     for_any_map = True
 
-    def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> DiagonalLayout:
+    def layout(
+        self,
+        linear_map: LinearMap,
+        use_bias: bool,
+        max_dim: int | None,
+        weight_sharing: str = "expand",
+    ) -> DiagonalLayout:
         """Two numbers for each weight, whatever the limit."""
-        del max_dim
+        del max_dim, weight_sharing
         return DiagonalLayout(linear_map, use_bias)
 
     def block(

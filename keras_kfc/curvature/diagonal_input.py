@@ -172,10 +172,14 @@ class DiagonalInput:
     for_any_map = False
 
     def layout(
-        self, linear_map: EmbeddingMap, use_bias: bool, max_dim: int | None
+        self,
+        linear_map: EmbeddingMap,
+        use_bias: bool,
+        max_dim: int | None,
+        weight_sharing: str = "expand",
     ) -> DiagonalInputLayout:
         """The layout of a table."""
-        del use_bias, max_dim
+        del use_bias, max_dim, weight_sharing
         return DiagonalInputLayout(linear_map)
 
     def block(

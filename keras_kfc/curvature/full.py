@@ -196,12 +196,19 @@ class Full:
 
     for_any_map = True
 
-    def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> FullLayout:
+    def layout(
+        self,
+        linear_map: LinearMap,
+        use_bias: bool,
+        max_dim: int | None,
+        weight_sharing: str = "expand",
+    ) -> FullLayout:
         """Whole matrices.
 
         Raises:
             ValueError: If they have more rows than the limit.
         """
+        del weight_sharing
         layout = FullLayout(linear_map, use_bias)
         size = layout.factor_shapes["full"][1]
         if max_dim is not None and size > max_dim:

@@ -5,6 +5,7 @@ Omega is made from the layer's inputs, gamma from the derivatives of its pre-act
 inverse is `(Ω + π √λ I)⁻¹ ⊗ (Γ + √λ/π I)⁻¹`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import keras
@@ -120,9 +121,16 @@ class Kronecker:
 
     for_any_map = True
 
-    def layout(self, linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> KroneckerLayout:
+    def layout(
+        self,
+        linear_map: LinearMap,
+        use_bias: bool,
+        max_dim: int | None,
+        weight_sharing: str = "expand",
+    ) -> KroneckerLayout:
         """Factors in as few parts as the limit allows."""
-        return layout_of(linear_map, use_bias, max_dim)
+        layout = layout_of(linear_map, use_bias, max_dim)
+        return dataclasses.replace(layout, weight_sharing=weight_sharing)
 
     def block(
         self,

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from keras_kfc.linalg.damping import BlockShape
 from keras_kfc.maps.api import LinearMap, input_factor, output_factor, pad_and_split_columns
+from keras_kfc.maps.sharing import reduced_input_factor, reduced_output_factor
 from keras_kfc.utils.texts import bytes_text
 
 
@@ -32,12 +33,14 @@ class KroneckerLayout:
         use_bias: Whether they have a row for the bias.
         input_parts: P.
         output_parts: Q.
+        weight_sharing: `"expand"` or `"reduce"`, see `keras_kfc.maps.sharing`.
     """
 
     linear_map: LinearMap
     use_bias: bool
     input_parts: int = 1
     output_parts: int = 1
+    weight_sharing: str = "expand"
 
     @property
     def _positions(self) -> int:
@@ -106,6 +109,13 @@ class KroneckerLayout:
         masks: Sequence[tf.Tensor | None],
     ) -> tuple[tf.Tensor, ...]:
         """Omega of one batch."""
+        if self.weight_sharing == "reduce":
+            parts = self.input_parts
+            return (
+                reduced_input_factor(
+                    self.linear_map, inputs, batch_size, self.use_bias, parts, masks
+                ),
+            )
         return (self.omega(inputs, batch_size, masks),)
 
     def from_pass(
@@ -116,7 +126,10 @@ class KroneckerLayout:
         masks: Sequence[tf.Tensor | None],
     ) -> tuple[tf.Tensor, ...]:
         """Gamma of one batch and one backward pass."""
-        del inputs, batch_size
+        del inputs
+        if self.weight_sharing == "reduce":
+            parts = self.output_parts
+            return (reduced_output_factor(self.linear_map, derivatives, batch_size, parts, masks),)
         return (self.gamma(derivatives, masks),)
 
     def compromises(self, max_dim: int | None) -> list[str]:

@@ -92,10 +92,10 @@ class _Separable(_ByChannel):
             else Conv2DMap((1, 1), channels, filters, data_format=self.data_format)
         )
         depthwise = self._depthwise_map(self.depthwise_kernel)
-        structure = self.curvature_structure
+        structure = self.curvature_structure or "full"
         return (
-            WeightMatrix(self.depthwise_kernel, None, depthwise, "depthwise", structure or "full"),
-            WeightMatrix(self.pointwise_kernel, self.bias, pointwise, "pointwise", structure),
+            WeightMatrix(self.depthwise_kernel, None, depthwise, "depthwise", structure),
+            self._matrix(self.pointwise_kernel, self.bias, pointwise, "pointwise"),
         )
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:

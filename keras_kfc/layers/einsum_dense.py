@@ -61,8 +61,7 @@ class EinsumDense(KroneckerLayer, keras.layers.EinsumDense):
         except ValueError:
             return ()
         bias = None if linear_map.bias_shape is None else self.bias
-        structure = self.curvature_structure
-        return (WeightMatrix(self.kronecker_kernel, bias, linear_map, structure=structure),)
+        return (self._matrix(self.kronecker_kernel, bias, linear_map),)
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> Any:
         """Multiplies, adds the bias, records, and applies the activation."""

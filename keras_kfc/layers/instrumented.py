@@ -51,6 +51,8 @@ class KroneckerLayer(TellsWhenBuilt):
     without_matrices = "its weights are no matrix"
     # The structure of the layer's curvature block, if it is not the optimizer's choice.
     curvature_structure: str | None = None
+    # As in `WeightMatrix`.
+    weight_sharing = "expand"
 
     built: bool
     path: str
@@ -75,10 +77,14 @@ class KroneckerLayer(TellsWhenBuilt):
     @property
     def weight_matrices(self) -> tuple[WeightMatrix, ...]:
         """The layer's matrices: one of `kronecker_kernel` and bias, unless a kind has others."""
-        structure = self.curvature_structure
-        return (
-            WeightMatrix(self.kronecker_kernel, self.bias, self.linear_map, structure=structure),
-        )
+        return (self._matrix(self.kronecker_kernel, self.bias, self.linear_map),)
+
+    def _matrix(
+        self, kernel: Any, bias: Any, linear_map: LinearMap, name: str = ""
+    ) -> WeightMatrix:
+        """A matrix with the layer's choices of structure and setting."""
+        structure, sharing = self.curvature_structure, self.weight_sharing
+        return WeightMatrix(kernel, bias, linear_map, name, structure, sharing)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Becomes Keras's own layer and is quantised as that, out of the optimizer's sight."""

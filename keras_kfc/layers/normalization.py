@@ -37,8 +37,7 @@ class ScalingLayer(KroneckerLayer):
             return ()
         kernel, bias = (shift, None) if scale is None else (scale, shift)
         linear_map = ScaleMap(tuple(kernel.shape), self._scaled_axes())
-        structure = self.curvature_structure
-        return (WeightMatrix(kernel, bias, linear_map, structure=structure),)
+        return (self._matrix(kernel, bias, linear_map),)
 
     def _observe_scaling(
         self, inputs: tf.Tensor, outputs: tf.Tensor, normalised: Callable[[], tf.Tensor]

@@ -17,6 +17,8 @@ class WeightMatrix:
         linear_map: Kernel and bias as a linear map.
         name: What tells it from the layer's other matrices; empty if there are none.
         structure: Name of its block's structure, or None for the optimizer's choice.
+        weight_sharing: The setting for weights that an example uses at many positions,
+            `"expand"` or `"reduce"` (`keras_kfc.maps.sharing`), unless the optimizer says.
     """
 
     kernel: keras.Variable
@@ -24,6 +26,7 @@ class WeightMatrix:
     linear_map: LinearMap
     name: str = ""
     structure: str | None = None
+    weight_sharing: str = "expand"
 
     def path_in(self, layer: str) -> str:
         """Path of the matrix, for messages and names of variables.

@@ -5,6 +5,7 @@ from typing import Any
 
 from keras_kfc.curvature.api import STRUCTURES
 from keras_kfc.losses.derivatives import FISHERS
+from keras_kfc.maps.sharing import WEIGHT_SHARING
 from keras_kfc.passes.capture import Capture
 from keras_kfc.utils.arguments import (
     check_boolean,
@@ -49,6 +50,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "relative_damping": check_boolean,
     "factor_batch_size": _or_none(check_positive_integer),
     "structure": lambda name, value: check_choice(name, value, _structures()),
+    "weight_sharing": _or_none(lambda name, value: check_choice(name, value, WEIGHT_SHARING)),
     "max_factor_dim": _or_none(check_positive_integer),
     "adam_lr_ratio": _number(),
     "seed": lambda name, value: check_seed(value),

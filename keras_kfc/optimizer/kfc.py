@@ -32,7 +32,7 @@ class KFC(WholeStepOptimizer):
 
     Momentum gradient descent, preconditioned for every layer of a class in `keras_kfc.layers` by
     a Kronecker-factored approximation of the Fisher matrix: KFC-pre of [Grosse & Martens,
-    2016](https://arxiv.org/abs/1602.01407), with the damping of [Martens & Grosse,
+    2016](https://arxiv.org/abs/1602.01407), damped as in [Martens & Grosse,
     2015](https://arxiv.org/abs/1503.05671). With `D` the gradient of a layer's kernel and bias
     as one matrix, a step is
 
@@ -59,8 +59,8 @@ class KFC(WholeStepOptimizer):
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with sample,
     class and loss weights; where a loss has none, the empirical Fisher matrix, and KFC logs so.
-    Variables of other layers are trained by Adam. A step whose derivatives hold a NaN or an
-    infinity is skipped and counted; so are factors and inverses that are not finite.
+    Adam trains variables of other layers. A step whose derivatives are not finite is skipped and
+    counted; so are such factors and inverses.
 
     Args:
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule`, or a callable
@@ -89,12 +89,13 @@ class KFC(WholeStepOptimizer):
         factor_batch_size: Number of examples of a batch to estimate factors from, drawn anew for
             each update (neighbours, so shuffle batches), or None for all. Defaults to `None`.
         structure: What the layers' Fisher blocks are kept as: `"kronecker"`, the paper's product of
-            two factors, or `"diagonal"`. Defaults to `"kronecker"`.
+            two factors, `"diagonal"`, or `"full"`. Defaults to `"kronecker"`.
+        weight_sharing: Whether positions that share weights count as uncorrelated, `"expand"`, or
+            as one, `"reduce"`; None for what suits each layer. Defaults to `None`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size
             or less (a convolution's kernel positions stay together), with a logged warning;
-            None for no limit. A factor of n rows takes `8 n²` bytes with its inverse, about `n³`
-            products each time it is inverted, and n for each of the layer's weights in
-            every step. Defaults to `2048`.
+            None for no limit. A factor of n rows takes `8 n²` bytes with its inverse, and about
+            `n³` products each time it is inverted. Defaults to `2048`.
         adam_lr_ratio: That of the fallback rule over `learning_rate`. Defaults to `0.2`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
         name: Name of the optimizer. Defaults to `"kfc"`, with a number where that is taken.
@@ -116,8 +117,7 @@ class KFC(WholeStepOptimizer):
             every so many batches, and the batches' gradients are averaged.
 
     Attributes:
-        blocks: The Kronecker blocks, one for each covered layer, with their
-            `path`, `omega`, `gamma`, `omega_inverse` and `gamma_inverse`.
+        blocks: The Fisher blocks, one for each matrix of a covered layer, with their `path`.
         skipped_steps: Variable that counts steps with derivatives that were not finite.
         rejected_factor_updates: Counts layers' factors of a batch left out as not finite.
         rejected_inverse_updates: Counts inverses that were not finite, and so not used.
@@ -154,6 +154,7 @@ class KFC(WholeStepOptimizer):
         relative_damping: bool = True,
         factor_batch_size: int | None = None,
         structure: str = "kronecker",
+        weight_sharing: str | None = None,
         max_factor_dim: int | None = 2048,
         adam_lr_ratio: float = 0.2,
         seed: int | None = None,

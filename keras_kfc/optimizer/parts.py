@@ -41,7 +41,12 @@ def parts_of(optimizer: Any, variables: list[Any], left_out: Set[int]) -> Parts:
         left_out: Indices of kernels that get no block.
     """
     curvature = BlockDiagonal(
-        variables, optimizer.add_variable, optimizer.structure, optimizer.max_factor_dim, left_out
+        variables,
+        optimizer.add_variable,
+        optimizer.structure,
+        optimizer.max_factor_dim,
+        left_out,
+        optimizer.weight_sharing,
     )
     for block in curvature.blocks:
         variables[block.kernel].kronecker_optimizer_ref = weakref.ref(optimizer)

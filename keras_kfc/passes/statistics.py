@@ -57,12 +57,19 @@ class ExampleSubset:
         """
         if self.count is None:
             return list(tensors), self.batch_size
+        examples = tf.maximum(tf.cast(self.batch_size, tf.int64), 1)
+        chosen = tf.cast(self.start * tf.cast(examples, tf.float32), tf.int64)
         taken, rows = [], []
         for tensor in tensors:
             length = tf.shape(tensor, tf.int64)[0]
-            share = length * self.count // tf.maximum(tf.cast(self.batch_size, tf.int64), 1)
-            share = tf.minimum(length, tf.maximum(share, 1))
-            first = tf.cast(self.start * tf.cast(length, tf.float32), tf.int64)
+            # All rows of the same examples, where each has as many.
+            whole_rows = tf.equal(length % examples, 0)
+            share = tf.minimum(length, tf.maximum(length * self.count // examples, 1))
+            first = tf.where(
+                whole_rows,
+                chosen * (length // examples),
+                tf.cast(self.start * tf.cast(length, tf.float32), tf.int64),
+            )
             taken.append(tf.gather(tensor, (first + tf.range(share)) % tf.maximum(length, 1)))
             rows.append((share, length))
         part, whole = (
