@@ -105,11 +105,12 @@ class DiagonalInputBlock(AveragedBlock):
 
     def matrices(self, name: str) -> list[np.ndarray]:
         """Gamma or its inverse; the other factor is no matrix."""
-        return list(self.state[name].numpy()) if name.startswith("gamma") else []
+        values = self.state[name].numpy()
+        return list(values) if values.ndim == 3 else []
 
     def spectra(self, name: str) -> list[np.ndarray]:
         """Eigenvalues of a factor or an inverse; NaN if it is broken."""
-        if not name.startswith("gamma"):
+        if len(self.state[name].shape) == 1:
             return [self.state[name].numpy().astype("float64")]
         parts = [part.astype("float64") for part in self.matrices(name)]
         return [
@@ -148,14 +149,15 @@ class DiagonalInputRefresh:
     def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
         """Inverts the factors of all tables."""
         return [
-            block.store_inverses(_inverses(block.counts, block.gamma, damping, network_mean))
+            block.store_inverses(inverses_of(block.counts, block.gamma, damping, network_mean))
             for block in self._blocks
         ]
 
 
-def _inverses(
+def inverses_of(
     counts: tf.Tensor, gamma: tf.Tensor, damping: tf.Tensor, network_mean: tf.Tensor | None
 ) -> list[tf.Tensor]:
+    """Damped inverses of a diagonal factor, `(V,)`, and a whole one, `(1, m, m)`."""
     mean = tf.reduce_mean(counts)
     gamma_mean = tf.linalg.trace(gamma)[0] / gamma.shape[1]
     shift, gamma_shift = block_damping(mean, gamma_mean, damping, network_mean)

@@ -17,6 +17,7 @@ from keras_kfc.layers.coverage import Coverage, LayerCoverage
 from keras_kfc.layers.instrumented import (
     CAPTURING_CLASSES,
     KroneckerLayer,
+    capturing_class_of,
     exclude_layer,
     instrument_layer,
     is_marked,
@@ -118,7 +119,7 @@ def instrument_layers(model: keras.Model, exclude: Iterable[str] = ()) -> list[k
         if id(layer) in left_out or reason:
             if strip_layer(layer):
                 changed.append(layer)
-        elif type(layer) in CAPTURING_CLASSES:
+        elif capturing_class_of(type(layer)):
             instrument_layer(layer)
             changed.append(layer)
         elif is_unmarked(layer):
@@ -219,7 +220,7 @@ def _reason_without_block(layer: keras.Layer) -> str:
             return "excluded"
         frozen = not any(matrix.kernel.trainable for matrix in layer.weight_matrices)
         return "its kernel is frozen" if frozen else ""
-    if type(layer) in CAPTURING_CLASSES:
+    if capturing_class_of(type(layer)):
         return "not instrumented (call keras_kfc.instrument)"
     if isinstance(layer, tuple(CAPTURING_CLASSES)):
         return "a subclass may compute something else"

@@ -122,6 +122,23 @@ class KroneckerLayer(TellsWhenBuilt):
 
 
 _EXCLUDED: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
+# The classes of layers before they were instrumented.
+_ORIGINAL: weakref.WeakKeyDictionary[keras.Layer, type] = weakref.WeakKeyDictionary()
+
+
+def capturing_class_of(kind: type) -> type | None:
+    """The class that layers of a class of Keras get, or None.
+
+    A subclass of another library of Keras's that adds nothing, as keras_hub has them, counts as the
+    class itself. A user's own keeps its name in files.
+    """
+    for base in kind.__mro__:
+        if base in CAPTURING_CLASSES:
+            return CAPTURING_CLASSES[base]
+        adds = any(not name.startswith(("__", "_api")) for name in vars(base))
+        if adds or not base.__module__.startswith("keras_"):
+            return None
+    return None
 
 
 def mark_kernels(layer: Any) -> None:
@@ -162,9 +179,13 @@ def instrument_layer(layer: Any) -> None:
     """Gives one of Keras's layers its capturing subclass.
 
     Args:
-        layer: A layer of a class in `CAPTURING_CLASSES`.
+        layer: A layer that `capturing_class_of` has a class for.
     """
-    layer.__class__ = CAPTURING_CLASSES[type(layer)]
+    kind = capturing_class_of(type(layer))
+    if kind is None:
+        raise TypeError(f"There is no capturing class for {type(layer).__name__}")
+    _ORIGINAL[layer] = type(layer)
+    layer.__class__ = kind
     if layer.built:
         mark_kernels(layer)
     # Keras binds this method to each instance, as it does with `build`: that of the
@@ -189,7 +210,7 @@ def strip_layer(layer: Any) -> bool:
     if changed:
         unmark_kernels(layer)
     if type(layer) in _PLAIN:
-        layer.__class__ = _PLAIN[type(layer)]
+        layer.__class__ = _ORIGINAL.pop(layer, _PLAIN[type(layer)])
         changed = True
         bound: Any = vars(layer)["quantize"]
         if getattr(bound, "func", None) is _strip_and_quantize:

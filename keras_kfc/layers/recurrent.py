@@ -12,8 +12,8 @@ import keras
 
 from keras_kfc._compat.keras_internals import layers_within, takes_training
 from keras_kfc.layers.instrumented import (
-    CAPTURING_CLASSES,
     KroneckerLayer,
+    capturing_class_of,
     instrument_layer,
     instruments,
     is_marked,
@@ -34,7 +34,7 @@ class RecurrentLayer(KroneckerLayer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for layer in _layers_of(self.cell):
-            if type(layer) in CAPTURING_CLASSES:
+            if capturing_class_of(type(layer)):
                 instrument_layer(layer)
 
     @property

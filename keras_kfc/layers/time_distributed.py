@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import layers_within, set_mask, takes_mask, takes_training
 from keras_kfc.layers.instrumented import (
-    CAPTURING_CLASSES,
     KroneckerLayer,
+    capturing_class_of,
     couples_examples,
     instrument_layer,
     instruments,
@@ -39,7 +39,7 @@ class TimeDistributed(KroneckerLayer, keras.layers.TimeDistributed):
         super().__init__(layer, **kwargs)
         if not couples_examples(self.layer):
             for own in layers_within(self.layer):
-                if type(own) in CAPTURING_CLASSES:
+                if capturing_class_of(type(own)):
                     instrument_layer(own)
 
     @property

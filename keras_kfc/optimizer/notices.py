@@ -9,7 +9,7 @@ import keras
 
 from keras_kfc._compat.keras_internals import own_trainable_variables
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
-from keras_kfc.layers.instrumented import CAPTURING_CLASSES, is_excluded, layers_with_reasons
+from keras_kfc.layers.instrumented import capturing_class_of, is_excluded, layers_with_reasons
 from keras_kfc.losses.derivatives import OutputDerivatives
 
 # Share of parameters with a block below which a line says so.
@@ -95,7 +95,7 @@ def _tell_plain_layers(model: keras.Model) -> None:
     plain = [
         layer.path
         for layer, reason in layers_with_reasons(model)
-        if type(layer) in CAPTURING_CLASSES
+        if capturing_class_of(type(layer))
         and own_trainable_variables(layer)
         and not (reason or is_excluded(layer))
     ]
