@@ -223,3 +223,25 @@ def test_a_layer_inside_time_distributed_has_the_block_of_all_steps():
     (block,) = model.optimizer.blocks
     rows = np.pad(X, ((0, 0), (0, 0), (0, 1)), constant_values=1).reshape(B * T, -1)
     assert relative_error(block.omega[0], rows.T @ rows / B) < 1e-6
+
+
+def test_a_train_step_that_hides_its_loss_gets_the_empirical_factors(caplog):
+    """Ordinary backward passes come by the probes, too: the layer keeps its blocks."""
+
+    class Hidden(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+            variables = self.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            return {"loss": loss}
+
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((T, J))
+    model = Hidden(inputs, layers.LSTM(H)(inputs))
+    keras_kfc.instrument(model).compile(keras_kfc.KFC(seed=1))
+    model.fit(X, np.ones((B, H)), batch_size=B, epochs=2, verbose=0)
+    assert "empirical Fisher matrix" in caplog.text and "trains" not in caplog.text.split(".")[0]
+    assert len(model.optimizer.blocks) == 2
+    assert all(np.abs(block.gamma).max() > 0 for block in model.optimizer.blocks)

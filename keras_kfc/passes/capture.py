@@ -41,6 +41,8 @@ class Use:
         derivative: What ordinary backward passes sent to `s`, their sum, or None if there was
             none. Only those count that differentiate with regard to the kernel: a generator's
             loss reaches a discriminator's layers, too, but its gradient is not theirs.
+        is_added: Whether `pre_activation` is zeros that are added to the layer's own, which has the
+            same derivative.
         differentiated_again: Whether a gradient of the kernel goes through a derivative of `s`,
             as that of a differential equation or of a gradient penalty does.
     """
@@ -50,6 +52,7 @@ class Use:
     pre_activation: tf.Tensor
     mask: tf.Tensor | None = None
     derivative: tf.Tensor | None = None
+    is_added: bool = False
     differentiated_again: bool = False
 
     def dense_inputs(self) -> tf.Tensor:

@@ -154,7 +154,8 @@ def captured_loop(capture: Capture, loop: Loop) -> tuple[tf.Tensor, tf.Tensor, A
     flat_mask = None if mask is None else tf.reshape(mask, (-1,))
     uses, probes = [], []
     for slot in survey.slots:
-        use = Use(slot.matrix.kernel, None, _zeros_for(slot.pre_activation, shape), flat_mask)
+        zeros = _zeros_for(slot.pre_activation, shape)
+        use = Use(slot.matrix.kernel, None, zeros, flat_mask, is_added=True)
         watched = capture.add_use(slot.path, slot.matrix, use)
         uses.append(use)
         probes.append(_by_step(watched, shape))
