@@ -126,7 +126,11 @@ def compare(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for kind in arguments.baselines:
         runs = []
         for rate in RATES[kind]:
-            setting = f"{kind}({rate:g}, momentum=0.9)" if kind == "SGD" else f"{kind}({rate:g})"
+            setting = (
+                f"{kind}({float(rate)!r}, momentum=0.9)"
+                if kind == "SGD"
+                else f"{kind}({float(rate)!r})"
+            )
             seconds = ours[0].seconds if arguments.budget == "seconds" else None
             runs.append(train(family, setting, first, arguments.iterations, seconds))
             print(family, runs[-1], flush=True)

@@ -122,6 +122,12 @@ CASES = [
         {"input_dim": 7, "output_dim": 3, "mask_zero": True},
         tokens=7,
     ),
+    *_cases(
+        *("ReversibleEmbedding", (4,)),
+        {"input_dim": 7, "output_dim": 3},
+        {"input_dim": 7, "output_dim": 3, "mask_zero": True},
+        tokens=7,
+    ),
     *_cases(*("BatchNormalization", (4, 3)), {}, {"axis": 1}, {"scale": False}, {"center": False}),
     *_cases(
         *("LayerNormalization", (4, 3)),
