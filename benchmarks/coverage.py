@@ -22,7 +22,7 @@ from rich.table import Table
 
 import keras_kfc
 from benchmarks.family_nets import FAMILIES
-from keras_kfc.layers.instrumented import parameter_groups
+from keras_kfc.layers.groups import parameter_groups
 
 # The smallest of each family.
 APPLICATIONS = (

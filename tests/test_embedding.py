@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import relative_error
@@ -38,7 +39,7 @@ def trained_once(model, x, y, loss="mse", **options):
     return model.optimizer, before, model.layers[1].get_weights()[0]
 
 
-@pytest.mark.parametrize("mask_zero", [False, True])
+@pytest.mark.parametrize("mask_zero", few([True, False], 1))
 def test_omega_counts_tokens(mask_zero):
     x = X * (np.arange(LENGTH) < RNG.integers(2, 6, (6, 1)))
     optimizer, *_ = trained_once(bag(mask_zero), x, np.zeros((6, 2)))
@@ -81,7 +82,7 @@ def test_gamma_is_that_of_the_outputs_of_the_table():
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=0.1)  # weights have moved a little
 
 
-@pytest.mark.parametrize("clipnorm", [None, 1e6])
+@pytest.mark.parametrize("clipnorm", few([None, 1e6], 1))
 def test_rows_that_no_batch_used_stay_as_they_are(clipnorm):
     """Also where clipping makes the gradient a dense one; so do their momenta."""
     model = bag(dtype="float32")
@@ -133,6 +134,7 @@ def test_a_tied_table_has_factors_of_both_uses():
     np.testing.assert_allclose(block.counts, np.bincount(X.ravel(), minlength=TOKENS) / 6)
 
 
+@pytest.mark.slow
 def test_the_product_for_both_uses_has_the_least_additional_trace():
     block = trained_once(tied(), X, X % 2, keras.losses.SparseCategoricalCrossentropy(True))[
         0
@@ -150,7 +152,7 @@ def test_the_product_for_both_uses_has_the_least_additional_trace():
     assert found < 0.9 * max(trace(0.1), trace(10.0))
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("cap", few([5.0, None], 1))
 def test_a_tied_model_computes_as_keras_and_trains(cap):
     model = tied("float32", cap)
     outputs = model(X).numpy()
@@ -164,6 +166,7 @@ def test_a_tied_model_computes_as_keras_and_trains(cap):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_untied_tables_have_two_blocks():
     keras.utils.set_random_seed(1)
     inputs = keras.Input((LENGTH,), dtype="int32")

@@ -188,6 +188,7 @@ def test_terminate_on_nan_stops_and_the_weights_stay_finite():
     assert int(model.optimizer.skipped_steps) == 1
 
 
+@pytest.mark.slow
 def test_class_weights_are_sample_weights_and_repetitions():
     x, y = data()
     by_class = fit(compiled(), class_weight={0: 2.0, 1: 1.0, 2: 0.0})

@@ -41,6 +41,7 @@ def train(model, x, y, steps=5, loss=LOSS, **compiled):
     return nets.flat_weights(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [pytest.param("list", marks=pytest.mark.slow), "dict"])
 def test_two_inputs_and_outputs_train_as_two_models(form):
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)

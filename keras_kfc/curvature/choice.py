@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout
-from keras_kfc.layers.instrumented import parameter_groups
+from keras_kfc.layers.groups import parameter_groups
 
 
 @dataclasses.dataclass(frozen=True)

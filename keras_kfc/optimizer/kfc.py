@@ -17,7 +17,6 @@ from keras_kfc.optimizer.memory import MemoryUsage, usage_of
 from keras_kfc.optimizer.notices import Notices
 from keras_kfc.optimizer.parts import Parts, parts_of
 from keras_kfc.optimizer.receiving import receive_pass
-from keras_kfc.optimizer.telemetry import StepTelemetry
 from keras_kfc.passes.automatic import PendingCaptures, take_pending
 from keras_kfc.passes.capture import Capture
 from keras_kfc.placement.current import current_placement
@@ -90,8 +89,8 @@ class KFC(WholeStepOptimizer):
             each update (neighbours, so shuffle batches), or None for all. Defaults to `None`.
         structure: What the layers' Fisher blocks are kept as: `"kronecker"`, the paper's product of
             two factors, `"diagonal"`, or `"full"`. Defaults to `"kronecker"`.
-        weight_sharing: Whether positions that share weights count as uncorrelated, `"expand"`, or
-            as one, `"reduce"`; None for what suits each layer. Defaults to `None`.
+        weight_sharing: Whether positions that share weights are uncorrelated, `"expand"`, or
+            alike, `"reduce"`; None for what suits each layer. Defaults to `None`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size
             or less (a convolution's kernel positions stay together), with a logged warning;
             None for no limit. A factor of n rows takes `8 n²` bytes with its inverse, and about
@@ -105,7 +104,7 @@ class KFC(WholeStepOptimizer):
             `w * adam_lr_ratio * learning_rate`, of embeddings only the rows that a batch
             used. Defaults to `0.02`.
         clipnorm: Float or None. Norm that the gradient of each weight is clipped to.
-        clipvalue: Float or None. What gradients are clipped to be no higher than.
+        clipvalue: Float or None. What gradients are clipped to.
         global_clipnorm: Float or None. Joint norm that all gradients are clipped to.
         use_ema: Whether to keep a moving average of the weights, which replaces them when
             `fit` ends, as the paper evaluates. Defaults to `False`.
@@ -186,8 +185,7 @@ class KFC(WholeStepOptimizer):
         self.polyak_steps = PolyakSteps(self.add_variable, self.progress)
         self.notices = Notices()
         self.pending_captures = PendingCaptures()
-        self.waiting = resuming.Waiting()
-        self.watched_steps: StepTelemetry | None = None
+        self.waiting, self.watched_steps = resuming.Waiting(), None
         self.parts: Parts | Any = None  # what `build` makes
 
     def _counter(self, name: str, initial: int = 0) -> keras.Variable:

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfc._compat.tensorflow_internals import outside_of_the_trace
-from keras_kfc.layers.instrumented import parameter_groups
+from keras_kfc.layers.groups import parameter_groups
 from keras_kfc.optimizer.left_out import leave_out_what_has_no_statistics
 from keras_kfc.passes.automatic import take_pending
 

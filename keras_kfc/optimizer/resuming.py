@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from keras_kfc._compat.tensorflow_internals import outside_of_the_trace
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
-from keras_kfc.layers.instrumented import parameter_groups
+from keras_kfc.layers.groups import parameter_groups
 from keras_kfc.optimizer.archive import (
     StoredState,
     describe_blocks,
