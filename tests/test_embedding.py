@@ -191,3 +191,22 @@ def test_a_subclass_of_another_library_that_adds_nothing_is_instrumented():
     assert [type(table) for table in tables] == kinds
     keras_kfc.strip(model)
     assert [type(table) for table in tables] == [hub, own]
+
+
+@pytest.mark.slow
+def test_a_model_with_tables_is_watched_drawn_and_analysed(tmp_path):
+    """Blocks of all structures: their spectra are logged, their matrices drawn."""
+    model = tied("float32")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras_kfc.KFC(seed=1), loss)
+    monitor = keras_kfc.monitor.CurvatureMonitor(spectrum="extremes")
+    history = model.fit(X, X, epochs=2, verbose=0, callbacks=[monitor]).history
+    conditions = [name for name in history if name.endswith("_condition")]
+    assert {name.split("/")[-1] for name in conditions} == {
+        *("counts_condition", "gamma_condition", "omega_condition")
+    }
+    assert all(history[name][-1] >= 1 for name in conditions)
+    files = keras_kfc.monitor.draw_factors(model, tmp_path)
+    assert len(files) == 2
+    factors = keras_kfc.kronecker_factors(model, X, X, loss=loss)
+    assert [path.split("/")[-1] for path in factors] == ["dense"]

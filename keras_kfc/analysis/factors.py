@@ -44,11 +44,12 @@ def kronecker_factors(
     batch_size: int = 32,
     seed: int | None = None,
 ) -> dict[str, KroneckerFactors]:
-    """Computes the Kronecker factors of every layer that can have a block.
+    """Computes the Kronecker factors of every layer whose block is their product.
 
-    The model runs in inference mode, and nothing about it changes.
-    Normalisation is the paper's: omega is a sum over positions and a mean over
-    examples, gamma a mean over both (Grosse & Martens 2016, section 3).
+    Those of embeddings, normalisations and depthwise kernels are something else
+    (`layer.weight_matrices` tells their `structure`). The model runs in inference mode, and
+    nothing about it changes. Normalisation is the paper's: omega is a sum over positions and a
+    mean over examples, gamma a mean over both (Grosse & Martens 2016, section 3).
 
     Args:
         model: A built model, instrumented or not.
@@ -152,11 +153,12 @@ def _factors(
         layouts = {
             key: KroneckerLayout(record.linear_map, record.matrix.bias is not None)
             for key, record in capture.records.items()
+            if record.matrix.structure in (None, "kronecker")
         }
         statistics = measure(capture, derivatives, ExampleSubset(size), layouts)
         sums: dict[str, list[tf.Tensor]] = {}
-        for key, record in capture.records.items():
-            path = unused_name(record.path, sums)
+        for key in layouts:
+            path = unused_name(capture.records[key].path, sums)
             sums[path] = [tf.cast(size, part.dtype) * part for part in statistics.moments[key]]
         return sums
 

@@ -36,7 +36,10 @@ class BlockLayout(Moments, Protocol):
 
     @property
     def inverse_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of what is computed of each factor when inverses are due, in their order."""
+        """Shapes of what is computed when inverses are due.
+
+        Each is called after the factor that it is the inverse of: `"gamma_inverse"`.
+        """
 
     def compromises(self, max_dim: int | None) -> list[str]:
         """What a limit on the size of factors did to this block, a line for each factor."""

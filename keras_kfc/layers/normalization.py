@@ -63,7 +63,8 @@ class ScalingLayer(KroneckerLayer):
 class BatchNormalization(ScalingLayer, keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization`, which `keras_kfc.KFC` preconditions.
 
-    With `renorm=True` it has no block.
+    With `renorm=True` it has no block. With `synchronized=True` each replica's factors are those of
+    its own normalisation.
 
     Example:
 

@@ -90,8 +90,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
         for block in optimizer.blocks if self.spectrum != "none" else ():
             path = unused_name(block.path, names)
             names.add(path)
-            layout = block.layout
-            for name, inverse in zip(layout.factor_shapes, layout.inverse_shapes, strict=True):
+            for inverse in block.layout.inverse_shapes:
+                name = inverse.removesuffix("_inverse")
                 low, high = _extremes(block, inverse, block.inverted)
                 values[f"{path}/{name}_condition"] = high / low
                 if self.spectrum == "extremes":

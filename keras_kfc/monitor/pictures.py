@@ -112,9 +112,12 @@ def _layers_in(source: Any) -> list[_Layer]:
     for block in optimizer.blocks:
         layout = block.layout
         factors = {name: block.matrices(name) for name in layout.factor_shapes}
-        if block.weight.numpy() > 0 and all(factors.values()):
-            pairs = zip(factors, layout.inverse_shapes, strict=True)
-            inverses = {name: block.matrices(inverse) for name, inverse in pairs}
+        factors = {name: parts for name, parts in factors.items() if parts}
+        if block.weight.numpy() > 0 and factors:
+            inverses = {
+                inverse.removesuffix("_inverse"): block.matrices(inverse)
+                for inverse in layout.inverse_shapes
+            }
             layers.append(_Layer(block.path, factors, inverses if block.inverted.numpy() else {}))
     return layers
 
