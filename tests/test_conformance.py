@@ -285,5 +285,7 @@ def test_a_quantisation_that_fails_leaves_the_layer_instrumented(prepare):
     with pytest.raises(ValueError):
         # Refused only once the layer is being quantised.
         model.get_layer("dense").quantize("gptq")
-    assert len(keras_kfc.coverage(model).covered) == 2
+    # The net has a batch normalisation, which is Keras's own unless the model was instrumented.
+    covered = keras_kfc.coverage(model).covered
+    assert "dense" in covered[-1] and len(covered) == 2 + (prepare is keras_kfc.instrument)
     model.train_on_batch(*nets.image_batch(7))

@@ -47,7 +47,8 @@ def test_xla_trains_as_graph_mode_does():
 
 @pytest.mark.slow
 def test_models_built_in_any_way_train_alike(reference):
-    instrumented = keras_kfc.instrument(conv_net(keras.layers))
+    # The reference has a batch normalisation of Keras's own.
+    instrumented = keras_kfc.instrument(conv_net(keras.layers), exclude=["norm"])
     assert relative_error(train(instrumented, kfc()), reference) < 1e-6
     stack = conv_stack()
     outputs = stack[0]

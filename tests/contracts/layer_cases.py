@@ -105,7 +105,7 @@ CASES = [
     *_cases("Dense", (4,), {"units": 3}),
     *_cases(
         *("EinsumDense", (4, 5)),
-        {"equation": "abc,cde->abde", "output_shape": (None, 2, 3), "bias_axes": "de"},
+        {"equation": "abc,cde->abde", "output_shape": (4, 2, 3), "bias_axes": "de"},
         {"equation": "...x,xy->...y", "output_shape": 4},
         {"equation": "abc,bcd->adb", "output_shape": (3, 4), "bias_axes": "db"},
         {"equation": "abc,bd->adc", "output_shape": (4, 5)},
