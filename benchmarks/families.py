@@ -150,22 +150,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for heading in (*headings, "best baseline", "loss", "accuracy", "best accuracy", "steps"):
         table.add_column(heading)
     for row in rows:
-        mean = {kind: _mean(runs, "loss") for kind, runs in row["baselines"].items()}
-        kind = min(mean, key=lambda name: mean[name])
-        runs, ours = row["baselines"][kind], row["kfc"]
-        accuracies = [_mean(own, "accuracy") for own in row["baselines"].values()]
-        table.add_row(
-            row["family"],
-            f"{_mean(ours, 'loss'):.4f}",
-            f"{_mean(ours, 'accuracy'):.4f}",
-            f"{_mean(ours, 'seconds'):.1f}",
-            f"{_mean(ours, 'iterations'):.0f}",
-            runs[0].setting,
-            f"{mean[kind]:.4f}",
-            f"{_mean(runs, 'accuracy'):.4f}",
-            f"{max(accuracies):.4f}",
-            f"{_mean(runs, 'iterations'):.0f}",
-        )
+        ours, baselines = row["kfc"], row["baselines"]
+        cells = [row["family"], f"{_mean(ours, 'loss'):.4f}", f"{_mean(ours, 'accuracy'):.4f}"]
+        cells += [f"{_mean(ours, 'seconds'):.1f}", f"{_mean(ours, 'iterations'):.0f}"]
+        if baselines:
+            runs = min(baselines.values(), key=lambda own: _mean(own, "loss"))
+            best = max(_mean(own, "accuracy") for own in baselines.values())
+            cells += [runs[0].setting, f"{_mean(runs, 'loss'):.4f}"]
+            cells += [f"{_mean(runs, 'accuracy'):.4f}", f"{best:.4f}"]
+            cells.append(f"{_mean(runs, 'iterations'):.0f}")
+        table.add_row(*cells)
     Console(width=150).print(table)
 
 

@@ -142,6 +142,7 @@ def test_layers_with_a_gradient_penalty_leave_the_others_their_blocks(run_eagerl
     assert relative_error(flat_weights(model), flat_weights(excluded)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The stored state of optimizer")
 @pytest.mark.parametrize("instrumented", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(instrumented, tmp_path, caplog):
@@ -228,6 +229,7 @@ def test_a_layer_that_only_a_regularizer_reaches_trains():
     assert len(model.optimizer.blocks) == 1
 
 
+@pytest.mark.slow
 def test_a_layer_outside_of_the_users_capture_steps_along_the_gradient(caplog):
     """The other's factors are updated before: too late to give up blocks in a graph."""
     model = conv_net(batch_norm=False)

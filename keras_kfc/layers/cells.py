@@ -22,8 +22,8 @@ from keras_kfc.passes.automatic import active_capture
 class Cell(KroneckerLayer):
     """What recurrent cells share."""
 
-    # Steps of a sequence are much alike. On rows of Fashion-MNIST, 300 iterations, the training
-    # loss is 0.35 so, and 0.39 in the other setting.
+    # Steps of a sequence are much alike. On rows of Fashion-MNIST, after 100 iterations, the
+    # training loss is 0.54 so, and 0.61 in the other setting.
     weight_sharing = "reduce"
 
     kernel: Any
