@@ -48,7 +48,7 @@ class BlockLayout(Moments, Protocol):
 class CurvatureBlock(Protocol):
     """The Fisher block of one layer, with its variables.
 
-    `keras_kfc.curvature.averaging.AveragedBlock` has all of this but `multiply` and `spectra`.
+    `keras_kfc.curvature.averaging.AveragedBlock` has all of this but `multiply`.
     """
 
     path: str

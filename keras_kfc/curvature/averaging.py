@@ -92,6 +92,14 @@ class AveragedBlock:
         del name
         return []
 
+    def spectra(self, name: str) -> list[np.ndarray]:
+        """Eigenvalues of the diagonal blocks of a factor or an inverse; NaN if one is broken."""
+        parts = [part.astype("float64") for part in self.matrices(name)]
+        return [
+            np.linalg.eigvalsh(part) if np.isfinite(part).all() else np.full(len(part), np.nan)
+            for part in parts
+        ]
+
     def has_data(self) -> tf.Tensor:
         """Whether the factors hold anything on any replica, a boolean scalar."""
         return any_of([weight > 0 for weight in current_placement().copies(self.weight)])

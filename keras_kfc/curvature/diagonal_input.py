@@ -109,14 +109,9 @@ class DiagonalInputBlock(AveragedBlock):
         return list(values) if values.ndim == 3 else []
 
     def spectra(self, name: str) -> list[np.ndarray]:
-        """Eigenvalues of a factor or an inverse; NaN if it is broken."""
-        if len(self.state[name].shape) == 1:
-            return [self.state[name].numpy().astype("float64")]
-        parts = [part.astype("float64") for part in self.matrices(name)]
-        return [
-            np.linalg.eigvalsh(part) if np.isfinite(part).all() else np.full(len(part), np.nan)
-            for part in parts
-        ]
+        """Eigenvalues of a factor or an inverse: the entries of one that is diagonal."""
+        values = self.state[name].numpy()
+        return [values.astype("float64")] if values.ndim == 1 else super().spectra(name)
 
 
 class DiagonalInputRefresh:

@@ -129,14 +129,6 @@ class FullBlock(AveragedBlock):
         """The matrices of all groups, or their inverses."""
         return list(self.state[name].numpy())
 
-    def spectra(self, name: str) -> list[np.ndarray]:
-        """Eigenvalues of the matrix of each group; NaN if it is broken."""
-        parts = [part.astype("float64") for part in self.matrices(name)]
-        return [
-            np.linalg.eigvalsh(part) if np.isfinite(part).all() else np.full(len(part), np.nan)
-            for part in parts
-        ]
-
 
 class FullRefresh:
     """New inverses of whole blocks.

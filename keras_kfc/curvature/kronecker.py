@@ -65,14 +65,6 @@ class KroneckerBlock(AveragedBlock):
             part[np.ix_(own, own)] for part, own in zip(self.state[name].numpy(), rows, strict=True)
         ]
 
-    def spectra(self, name: str) -> list[np.ndarray]:
-        """Eigenvalues of the diagonal blocks of a factor or an inverse; NaN if it is broken."""
-        parts = [part.astype("float64") for part in self.matrices(name)]
-        return [
-            np.linalg.eigvalsh(part) if np.isfinite(part).all() else np.full(len(part), np.nan)
-            for part in parts
-        ]
-
     def multiply(self, weights: tf.Tensor) -> tf.Tensor:
         """`Ω⁻¹ D Γ⁻¹` of a matrix D of the layer's weights, `(G, n, m)`."""
         inverses = (
