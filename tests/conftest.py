@@ -20,6 +20,10 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
+# A script for a process of its own, which sets up devices.
+collect_ignore = ["contracts/placement_checks.py"]
+
+
 @pytest.fixture(autouse=True)
 def _default_float_type():
     """Every test leaves Keras with its default float type."""
