@@ -277,8 +277,11 @@ def test_a_layer_trains_and_resumes(case, tmp_path):
     for one in (model, resumed):
         one.fit(inputs, targets, epochs=10, initial_epoch=8, **options)
     for one, other in zip(model.get_weights(), resumed.get_weights(), strict=True):
-        # On a processor, transposed convolutions add up in any order.
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+        if "Transpose" in case.kind:
+            # On a processor they add up in any order.
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
