@@ -196,6 +196,7 @@ class Update:
             slope=predicted_decrease,
             clipped_slope=quadratic,
             squares=squares,
+            tables=tf.constant([i in directions.tables for i in range(len(self._momentums))]),
         )
         rates, longest = self._rule.rates(query), self._rule.longest(query)
         of_kernels = list(members)

@@ -21,6 +21,7 @@ class StepQuery:
         slope: `g · F⁻¹ g` of the gradient as it was before it was clipped, a float32 scalar.
         clipped_slope: The same of the gradient that the step is along.
         squares: Mean square of each block's direction, `(variables,)`, float32.
+        tables: Which blocks are tables of rows that are looked up, `(variables,)`, booleans.
     """
 
     learning_rate: tf.Tensor
@@ -29,6 +30,7 @@ class StepQuery:
     slope: tf.Tensor
     clipped_slope: tf.Tensor
     squares: tf.Tensor
+    tables: tf.Tensor
 
 
 class StepRule(Protocol):

@@ -9,10 +9,12 @@ the rule and `η` the learning rate, a block's step is `-α_b d_b`, where
     α    = c s (1 - μ) / r̄                  Polyak's step: c G is what it takes off the loss
     α_b  = min(α, b η (1 - μ) / rms(d_b))   no layer moves further than Adam would
 
+A table of rows that are looked up moves no less than `_TABLES` of the bound, with an average of
+`rms(d_b)` in the place of that of the batch, where the bound allows that.
+
 `b` is 1 where the lowest loss is known, and `_UNKNOWN` where it is not. There, in the first steps,
-and where the loss is never seen, `α_b` is `_BLIND` times the bound, with an average of
-`rms(d_b)` in the place of that of the batch, and yet within the bound. Why each part is
-there stands in `docs/method.md`.
+and where the loss is never seen, `α_b` is `_BLIND` times the bound, with the same average, and yet
+within the bound. Why each part is there stands in `docs/method.md`.
 """
 
 from collections.abc import Callable
@@ -30,6 +32,8 @@ _DECAY, _START = 0.95, 5.0
 _UNKNOWN = 0.33
 # Part of the bound that a step takes where nothing is known of the loss.
 _BLIND = 0.2
+# Part of the bound that a table moves at least.
+_TABLES = 0.2
 # Steps after which the fall of a loss tells of its gap.
 _FIRST_STEPS = 20
 
@@ -72,8 +76,10 @@ class PolyakSteps:
         polyak = (1 - query.momentum) * tf.math.divide_no_nan(scale, ratio)
         known = progress.lowest_known > 0
         bound = tf.math.divide_no_nan(longest, tf.sqrt(query.squares))
+        of_usual = scale * tf.math.divide_no_nan(longest, tf.sqrt(usual))
+        blind = _BLIND * of_usual
+        polyak = tf.where(query.tables, tf.maximum(polyak, _TABLES * of_usual), polyak)
         within = tf.minimum(polyak, tf.where(known, 1.0, _UNKNOWN) * bound)
-        blind = scale * _BLIND * tf.math.divide_no_nan(longest, tf.sqrt(usual))
         early = ~known & (progress.steps_seen <= _FIRST_STEPS)
         return tf.where(early | ~progress.seen, tf.minimum(blind, bound), within)
 

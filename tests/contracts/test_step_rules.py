@@ -37,7 +37,9 @@ RULES = {
 }
 
 
-def query(learning_rate=0.1, scale=1.0, slope=2.0, squares=(4.0, 0.0, 1e-4, 0.0)):
+def query(
+    learning_rate=0.1, scale=1.0, slope=2.0, squares=(4.0, 0.0, 1e-4, 0.0), tables=(False,) * 4
+):
     return StepQuery(
         learning_rate=tf.constant(learning_rate),
         momentum=0.9,
@@ -45,6 +47,7 @@ def query(learning_rate=0.1, scale=1.0, slope=2.0, squares=(4.0, 0.0, 1e-4, 0.0)
         slope=tf.convert_to_tensor(slope, tf.float32),
         clipped_slope=tf.convert_to_tensor(0.5 * slope, tf.float32),
         squares=tf.constant(squares),
+        tables=tf.constant(tables),
     )
 
 
@@ -88,3 +91,26 @@ def test_a_trust_region_bounds_the_fisher_norm():
     rates = RULES["plain in a trust region"]().rates(query(learning_rate=10.0)).numpy()
     excess = float(polyak(True)[1].excess)
     np.testing.assert_allclose(rates**2 * 0.5 * 2.0, 1e-3 * excess, rtol=1e-5)
+
+
+def test_a_table_moves_a_fifth_of_the_bound_at_least():
+    """`0.2 c s η (1 - μ) / rms(d)`, whatever other layers do; the usual `rms(d)`, unless larger."""
+    tables = (True, False, False, False)
+    rule, _ = polyak(True)
+    # A large promise makes all steps short.
+    rates = rule.rates(query(slope=1e9, tables=tables)).numpy()
+    np.testing.assert_allclose(rates[0], 0.2 * 0.1 * (1 - 0.9) / 2.0, rtol=1e-6)
+    assert 0 < rates[2] < 1e-6 * rates[0]
+    # The batch's own length would make the mean step another than along the mean gradient.
+    rates = rule.rates(query(slope=1e9, scale=0.5, squares=(1.0, 0, 0, 0), tables=tables)).numpy()
+    np.testing.assert_allclose(rates[0], 0.5 * 0.2 * 0.1 * (1 - 0.9) / 2.0, rtol=1e-6)
+    # The bound of every layer is that of a table, too.
+    longest = rule.longest(query(squares=(1e6, 0, 0, 0)))[0]
+    rates = rule.rates(query(slope=1e9, squares=(1e6, 0, 0, 0), tables=tables)).numpy()
+    np.testing.assert_allclose(rates[0], longest, rtol=1e-6)
+    # Polyak's step, where that is longer.
+    far, near = polyak(True)[0], polyak(True)[0]
+    asked = {"slope": 0.01, "squares": (1.0, 0, 0, 0)}
+    np.testing.assert_array_equal(
+        far.rates(query(**asked, tables=tables)), near.rates(query(**asked))
+    )
