@@ -226,7 +226,7 @@ def test_spectra_of_cut_factors_leave_out_the_rows_that_fill_them_up():
     assert low == pytest.approx(high, rel=1e-4)
     assert history["sequential/cut/gamma_condition"][0] == pytest.approx(1, rel=1e-4)
     parts = [np.column_stack([x[:, :3], np.ones(32)]), x[:, 3:6], x[:, 6:]]
-    assert block.layout.omega_rows.sum() == 8
+    assert block.layout.omega_row_mask.sum() == 8
     eigenvalues = np.concatenate([np.linalg.eigvalsh(part.T @ part / 32) for part in parts])
     assert history["sequential/cut/omega_min"][0] == pytest.approx(eigenvalues.min(), rel=1e-4)
     assert history["sequential/cut/omega_max"][0] == pytest.approx(eigenvalues.max(), rel=1e-4)

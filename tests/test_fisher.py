@@ -150,7 +150,7 @@ def test_direction_solves_the_explicit_damped_kronecker_system(relative_damping)
     (block,) = optimizer.blocks
     block.omega.assign(omega[None])
     block.gamma.assign(gamma[None])
-    block.weight.assign(1.0)
+    block.ema_weight.assign(1.0)
     optimizer.parts.measuring.refresh_inverses()
     np.testing.assert_allclose(block.multiply(joint[None])[0], expected, rtol=1e-6)
 

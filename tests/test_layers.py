@@ -99,4 +99,4 @@ def test_inference_records_nothing():
     model.predict(np.ones((3, 4)), verbose=0)
     model.evaluate(np.ones((3, 4)), np.ones((3, 2)), verbose=0)
     model.optimizer.build(model.trainable_variables)
-    assert all(float(block.weight) == 0 for block in model.optimizer.blocks)
+    assert all(float(block.ema_weight) == 0 for block in model.optimizer.blocks)

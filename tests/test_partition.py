@@ -248,5 +248,5 @@ def test_rows_that_fill_up_are_those_without_any_data(kind, max_dim):
     partition = layout_of(layer.linear_map, True, max_dim)
     omega = partition.omega([inputs], tf.constant(7)).numpy()
     gamma = partition.gamma([derivatives]).numpy()
-    for factor, rows in ((omega, partition.omega_rows), (gamma, partition.gamma_rows)):
+    for factor, rows in ((omega, partition.omega_row_mask), (gamma, partition.gamma_row_mask)):
         np.testing.assert_array_equal(np.abs(factor).sum(-1) > 1e-6, rows)

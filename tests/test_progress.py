@@ -1,4 +1,4 @@
-"""What the pace of steps follows from, on learning curves whose exponent is known."""
+"""What the trend factor of steps follows from, on learning curves whose exponent is known."""
 
 import keras
 import numpy as np
@@ -19,10 +19,10 @@ def progress():
     )
 
 
-def paces(losses, known=True):
-    """The pace after each of the losses."""
+def factors(losses, known=True):
+    """The trend factor after each of the losses."""
     seen = progress()
-    return observed(seen, losses, known, seen.pace)
+    return observed(seen, losses, known, seen.trend_factor)
 
 
 def observed(seen, losses, known, result):
@@ -45,17 +45,17 @@ STEPS = np.arange(1, 3001)
 
 @pytest.mark.parametrize("exponent", few([0.1, 0.2, 0.4, 0.8], 3))
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_a_power_law_has_a_pace_of_its_exponent(exponent, scale):
-    pace = paces(scale * STEPS**-exponent)[-1]
+def test_a_power_law_has_a_trend_factor_of_its_exponent(exponent, scale):
+    factor = factors(scale * STEPS**-exponent)[-1]
     start = 100 / len(STEPS)
     # The means of t^-P with weights t^(k-1) are t^-P k / (k - P); to first order in P, the
     # logarithm of their ratio is 0.4 P.
     estimate = np.log(2 / (2 - exponent) / (10 / (10 - exponent))) / 0.4
     assert abs(estimate / exponent - 1) < 0.35
     expected = start + (1 - start) * 3 * estimate
-    assert abs(pace / expected - 1) < 0.02
+    assert abs(factor / expected - 1) < 0.02
     noisy = np.random.default_rng(0).gamma(100, 0.01, size=len(STEPS))
-    assert abs(paces(scale * noisy * STEPS**-exponent)[-1] / pace - 1) < 0.15
+    assert abs(factors(scale * noisy * STEPS**-exponent)[-1] / factor - 1) < 0.15
 
 
 def test_means_weigh_examples_by_powers_of_their_number():
@@ -134,16 +134,16 @@ def test_the_gap_of_a_loss_that_hovers_goes_with_its_spread():
 
 
 def test_a_loss_that_stays_slows_down_and_one_that_goes_speeds_up():
-    constant = paces(np.ones(1000))
+    constant = factors(np.ones(1000))
     np.testing.assert_allclose(constant[:100], 1, rtol=1e-6)
     np.testing.assert_allclose(constant[-1], 100 / 1000, rtol=1e-3)
-    assert paces(0.98 ** np.arange(1000.0))[-1] == pytest.approx(0.1 + 0.9 * 10)
-    rising = paces(1.01 ** np.arange(1000.0))
+    assert factors(0.98 ** np.arange(1000.0))[-1] == pytest.approx(0.1 + 0.9 * 10)
+    rising = factors(1.01 ** np.arange(1000.0))
     assert max(rising) == pytest.approx(1)
 
 
 def test_the_start_says_nothing():
-    assert set(paces(10.0 ** -np.arange(0, 10, 0.1))) == {1.0}
+    assert set(factors(10.0 ** -np.arange(0, 10, 0.1))) == {1.0}
 
 
 def test_losses_that_are_not_finite_leave_no_trace():
@@ -156,25 +156,25 @@ def test_losses_that_are_not_finite_leave_no_trace():
     for name in ("excess", "_recent", "_past", "_seen"):
         assert float(getattr(one, name)) == float(getattr(other, name))
     one.forget()
-    assert not bool(one.seen) and float(one.pace()) == 1
+    assert not bool(one.seen) and float(one.trend_factor()) == 1
 
 
 def test_a_loss_of_zero_is_no_error():
-    assert np.isfinite(paces([0.0] * 200)).all()
-    assert np.isfinite(paces([1.0] * 200 + [0.0] * 200)).all()
+    assert np.isfinite(factors([0.0] * 200)).all()
+    assert np.isfinite(factors([1.0] * 200 + [0.0] * 200)).all()
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_at_its_pace(tmp_path):
+def test_a_checkpoint_goes_on_at_its_trend(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 4)).astype("f")
     y = rng.normal(size=(64, 2)).astype("f")
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
     model.compile(keras_kfc.KFC(seed=1), "mse")
     model.fit(x, y, batch_size=1, epochs=12, verbose=0)
-    pace = float(model.optimizer.progress.pace())
+    factor = float(model.optimizer.progress.trend_factor())
     # Targets are noise: what can be learned is learned.
-    assert pace < 0.9
+    assert factor < 0.9
     model.save(tmp_path / "model.keras")
     restored = keras.models.load_model(tmp_path / "model.keras")
-    assert float(restored.optimizer.progress.pace()) == pace
+    assert float(restored.optimizer.progress.trend_factor()) == factor

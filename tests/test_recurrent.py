@@ -197,7 +197,7 @@ def test_layers_in_a_cell_of_a_users_own_have_blocks():
         np.testing.assert_allclose(model(X), plain, rtol=1e-5)
     model.fit(X, np.zeros((B, H)), verbose=0)
     assert [block.path.split("/")[-1] for block in model.optimizer.blocks] == ["inner", "outer"]
-    assert all(float(block.weight) == B for block in model.optimizer.blocks)
+    assert all(float(block.ema_weight) == B for block in model.optimizer.blocks)
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ def test_second_compile_starts_afresh():
     model = compiled()
     model.train_on_batch(*image_batch())
     compiled(model)
-    assert not any(float(block.weight) for block in model.optimizer.blocks)
+    assert not any(float(block.ema_weight) for block in model.optimizer.blocks)
     model.train_on_batch(*image_batch())
     assert len(model.optimizer.blocks) == 2
     model.compile(optimizer="adam", loss="sparse_categorical_crossentropy")

@@ -54,17 +54,21 @@ class CurvatureBlock(Protocol):
     path: str
     layout: BlockLayout
     # Indices among the trainable variables.
-    kernel: int
-    bias: int | None
-    weight: keras.Variable
-    inverted: keras.Variable
+    kernel_index: int
+    bias_index: int | None
+    ema_weight: keras.Variable
+    has_inverses: keras.Variable
 
     @property
     def state(self) -> Mapping[str, keras.Variable]:
         """All variables of the block, by what they are for."""
 
     def update(
-        self, moments: Sequence[tf.Tensor], examples: tf.Tensor, decay: tf.Tensor, sound: tf.Tensor
+        self,
+        moments: Sequence[tf.Tensor],
+        examples: tf.Tensor,
+        decay: tf.Tensor,
+        batch_is_finite: tf.Tensor,
     ) -> tf.Tensor:
         """Moves the averages towards the moments of a batch; returns whether it was refused."""
 

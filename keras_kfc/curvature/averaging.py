@@ -23,9 +23,9 @@ class AveragedBlock:
         add_variable: The optimizer's `add_variable`.
 
     Attributes:
-        weight: Number of examples in the moving averages, each with the weight that is left of
+        ema_weight: Number of examples in the moving averages, each with the weight that is left of
             it, a scalar; 0 before the first update.
-        inverted: 1 once the inverses hold numbers, 0 before.
+        has_inverses: 1 once the inverses hold numbers, 0 before.
     """
 
     def __init__(
@@ -39,9 +39,8 @@ class AveragedBlock:
     ):
         self.path = path
         self.layout = layout
-        self.kernel = kernel
-        self.bias = bias
-        self.dtype = dtype
+        self.kernel_index = kernel
+        self.bias_index = bias
 
         def add(name: str, shape: tuple[int, ...]) -> keras.Variable:
             full_name = f"{path.replace('/', '_')}_{name}"
@@ -49,17 +48,21 @@ class AveragedBlock:
 
         self._factors = {name: add(name, shape) for name, shape in layout.factor_shapes.items()}
         self._inverses = {name: add(name, shape) for name, shape in layout.inverse_shapes.items()}
-        self.weight = add("weight", ())
-        self.inverted = add("inverted", ())
+        self.ema_weight = add("weight", ())
+        self.has_inverses = add("inverted", ())
 
     @property
     def state(self) -> dict[str, keras.Variable]:
         """All variables of the block, by what they are for."""
-        scalars = {"weight": self.weight, "inverted": self.inverted}
+        scalars = {"weight": self.ema_weight, "inverted": self.has_inverses}
         return {**self._factors, **self._inverses, **scalars}
 
     def update(
-        self, moments: Sequence[tf.Tensor], examples: tf.Tensor, decay: tf.Tensor, sound: tf.Tensor
+        self,
+        moments: Sequence[tf.Tensor],
+        examples: tf.Tensor,
+        decay: tf.Tensor,
+        batch_is_finite: tf.Tensor,
     ) -> tf.Tensor:
         """Moves the averages towards the moments of one batch.
 
@@ -71,20 +74,20 @@ class AveragedBlock:
             moments: A tensor for each factor.
             examples: Number of examples that they are means over, a scalar.
             decay: What is left of the weight of former batches, a scalar in [0, 1].
-            sound: Whether the batch may be used at all, a boolean scalar.
+            batch_is_finite: Whether the batch may be used at all, a boolean scalar.
 
         Returns:
             Whether the batch was left out, a boolean scalar.
         """
-        usable = sound & all_finite(list(moments))
-        examples = tf.cast(examples, self.weight.dtype)
-        weight = tf.cast(decay, self.weight.dtype) * self.weight + examples
+        usable = batch_is_finite & all_finite(list(moments))
+        examples = tf.cast(examples, self.ema_weight.dtype)
+        weight = tf.cast(decay, self.ema_weight.dtype) * self.ema_weight + examples
         rate = tf.math.divide_no_nan(examples, weight)
         # Selecting between numbers costs less than a branch of the graph for each block.
         for average, batch in zip(self._factors.values(), moments, strict=True):
             change = rate * (tf.cast(batch, average.dtype) - average)
             average.assign_add(tf.where(usable, change, 0.0))
-        self.weight.assign(tf.where(usable, weight, self.weight))
+        self.ema_weight.assign(tf.where(usable, weight, self.ema_weight))
         return ~usable
 
     def matrices(self, name: str) -> list[np.ndarray]:
@@ -102,7 +105,7 @@ class AveragedBlock:
 
     def has_data(self) -> tf.Tensor:
         """Whether the factors hold anything on any replica, a boolean scalar."""
-        return any_of([weight > 0 for weight in current_placement().copies(self.weight)])
+        return any_of([weight > 0 for weight in current_placement().copies(self.ema_weight)])
 
     def average_over_replicas(self) -> None:
         """Gives all replicas the average of their factors; in cross-replica context.
@@ -112,10 +115,10 @@ class AveragedBlock:
         placement = current_placement()
         if placement.count == 1:
             return
-        weights = [tf.convert_to_tensor(weight) for weight in placement.copies(self.weight)]
+        weights = [tf.convert_to_tensor(weight) for weight in placement.copies(self.ema_weight)]
         for factor in self._factors.values():
             placement.average(factor, weights)
-        self.weight.value.assign(tf.reduce_max(weights))
+        self.ema_weight.value.assign(tf.reduce_max(weights))
 
     def store_inverses(self, inverses: Sequence[tf.Tensor]) -> tf.Tensor:
         """Takes over new inverses, or keeps the last good ones.
@@ -127,11 +130,13 @@ class AveragedBlock:
             Whether the inverses were refused because they hold a NaN or an
             infinity though the block has seen data, a boolean scalar.
         """
-        has_data = self.weight > 0
+        has_data = self.ema_weight > 0
         usable = all_finite(list(inverses)) & has_data
         for variable, new in zip(self._inverses.values(), inverses, strict=True):
             variable.assign(tf.where(usable, new, variable))
-        self.inverted.assign(tf.where(usable, tf.ones((), self.inverted.dtype), self.inverted))
+        self.has_inverses.assign(
+            tf.where(usable, tf.ones((), self.has_inverses.dtype), self.has_inverses)
+        )
         return has_data & ~usable
 
 

@@ -50,12 +50,12 @@ class BlockDiagonal:
         self._kernels: dict[int, keras.Variable] = {}
         self._members: dict[str, list[CurvatureBlock]] = {}
         for plan in planned_blocks(variables, structure, max_factor_dim, weight_sharing):
-            index = plan.kernel
+            index = plan.kernel_index
             if index in left_out:
                 continue
             variable = variables[index]
             block = STRUCTURES[plan.structure].block(
-                plan.path, plan.layout, index, plan.bias, factor_dtype(variable), add_variable
+                plan.path, plan.layout, index, plan.bias_index, factor_dtype(variable), add_variable
             )
             self.blocks.append(block)
             self._members.setdefault(plan.structure, []).append(block)
@@ -66,8 +66,8 @@ class BlockDiagonal:
     @property
     def covered(self) -> set[int]:
         """Indices of the variables that belong to a block."""
-        indices = {block.kernel for block in self.blocks}
-        return indices | {block.bias for block in self.blocks if block.bias is not None}
+        indices = {block.kernel_index for block in self.blocks}
+        return indices | {block.bias_index for block in self.blocks if block.bias_index is not None}
 
     def structure_of(self, block: CurvatureBlock) -> str:
         """Name of a block's structure."""
@@ -91,7 +91,7 @@ class BlockDiagonal:
 
     def note_captured(self, capture: Capture) -> None:
         """Notes that the layers in a capture are being measured, in a graph perhaps."""
-        self._captured |= {block.kernel for block in self.blocks_in(capture).values()}
+        self._captured |= {block.kernel_index for block in self.blocks_in(capture).values()}
 
     def forget_captured(self) -> None:
         """Back to no captures: the trace that built the optimizer is followed by another."""
@@ -105,7 +105,7 @@ class BlockDiagonal:
     def missing_factors(self, capture: Capture) -> tf.Tensor:
         """Whether any block of a captured layer has no factors yet, a boolean scalar."""
         blocks = self.blocks_in(capture).values()
-        return any_of([tf.equal(block.weight, 0) for block in blocks])
+        return any_of([tf.equal(block.ema_weight, 0) for block in blocks])
 
     def update(
         self, statistics: BatchStatistics, examples: tf.Tensor, decay: tf.Tensor
@@ -121,7 +121,7 @@ class BlockDiagonal:
             Number of blocks that refused their moments as not finite.
         """
         refused = [
-            self._block_of_kernel[key].update(moments, examples, decay, statistics.sound)
+            self._block_of_kernel[key].update(moments, examples, decay, statistics.batch_is_finite)
             for key, moments in statistics.moments.items()
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
@@ -133,7 +133,7 @@ class BlockDiagonal:
 
     def missing_inverses(self) -> tf.Tensor:
         """Whether any block has factors but no inverses yet, a boolean scalar."""
-        return any_of([block.has_data() & tf.equal(block.inverted, 0) for block in self.blocks])
+        return any_of([block.has_data() & tf.equal(block.has_inverses, 0) for block in self.blocks])
 
     def refresh(self, damping: tf.Tensor, relative: bool) -> tf.Tensor:
         """Inverts all factors anew.
@@ -172,10 +172,14 @@ class BlockDiagonal:
         """
         directions: dict[int, tf.Tensor] = {}
         for block in self.blocks:
-            present = [i for i in (block.kernel, block.bias) if i is not None and i in gradients]
+            present = [
+                i
+                for i in (block.kernel_index, block.bias_index)
+                if i is not None and i in gradients
+            ]
             if not present:
                 continue
-            if layer_of_kernel(self._kernels[block.kernel]) is None:
+            if layer_of_kernel(self._kernels[block.kernel_index]) is None:
                 raise ValueError(
                     f"Layer {block.path} was stripped or quantised after the optimizer was built. "
                     "Compile the model again with a new optimizer."
@@ -184,7 +188,11 @@ class BlockDiagonal:
             kernel, bias = self._block_gradients(block, gradients)
             weights = block.multiply(linear_map.stack_bias(kernel, bias))
             preconditioned = dict(
-                zip((block.kernel, block.bias), linear_map.unstack_bias(weights), strict=True)
+                zip(
+                    (block.kernel_index, block.bias_index),
+                    linear_map.unstack_bias(weights),
+                    strict=True,
+                )
             )
             for index in present:
                 direction = preconditioned[index]
@@ -194,7 +202,7 @@ class BlockDiagonal:
     @property
     def tables(self) -> frozenset[int]:
         """Indices of the kernels whose rows can be preconditioned one by one."""
-        return frozenset(b.kernel for b in self.blocks if isinstance(b, BlockOfRows))
+        return frozenset(b.kernel_index for b in self.blocks if isinstance(b, BlockOfRows))
 
     def direction_of_rows(self, index: int, rows: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
         """`F⁻¹ g` for some rows of a table.
@@ -205,28 +213,28 @@ class BlockDiagonal:
             numbers: Which ones they are, `(N,)`.
         """
         block: Any = self._block_of_kernel[id(self._kernels[index])]
-        rows = tf.cast(rows, block.weight.dtype)
+        rows = tf.cast(rows, block.ema_weight.dtype)
         return self._if_measured(block, block.multiply_rows(rows, numbers), rows)
 
     def _if_measured(
         self, block: CurvatureBlock, direction: tf.Tensor, gradient: tf.Tensor
     ) -> tf.Tensor:
         """A direction, or the gradient if the block's statistics have never been recorded."""
-        if block.kernel in self._captured:
+        if block.kernel_index in self._captured:
             return direction
         # Earlier sessions may have recorded statistics, which count.
-        return tf.where(block.inverted > 0, direction, tf.cast(gradient, direction.dtype))
+        return tf.where(block.has_inverses > 0, direction, tf.cast(gradient, direction.dtype))
 
     def _block_gradients(
         self, block: CurvatureBlock, gradients: Mapping[int, tf.Tensor]
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Kernel and bias gradient of a block, zeros for one that is missing."""
-        dtype, linear_map = block.weight.dtype, block.layout.linear_map
-        kernel = gradients.get(block.kernel)
-        bias = None if block.bias is None else gradients.get(block.bias)
+        dtype, linear_map = block.ema_weight.dtype, block.layout.linear_map
+        kernel = gradients.get(block.kernel_index)
+        bias = None if block.bias_index is None else gradients.get(block.bias_index)
         if kernel is None:
-            kernel = tf.zeros(self._kernels[block.kernel].shape, dtype)
-        if bias is None and block.bias is not None:
+            kernel = tf.zeros(self._kernels[block.kernel_index].shape, dtype)
+        if bias is None and block.bias_index is not None:
             bias = tf.zeros((linear_map.outputs,), dtype)
         return tf.cast(kernel, dtype), None if bias is None else tf.cast(bias, dtype)
 

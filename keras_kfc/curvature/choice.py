@@ -16,15 +16,15 @@ class PlannedBlock:
         path: Path of its matrix.
         structure: Name of its structure.
         layout: What it will keep.
-        kernel: Index of the kernel.
-        bias: Index of the bias, or None.
+        kernel_index: Index of the kernel.
+        bias_index: Index of the bias, or None.
     """
 
     path: str
     structure: str
     layout: BlockLayout
-    kernel: int
-    bias: int | None
+    kernel_index: int
+    bias_index: int | None
 
 
 def planned_blocks(

@@ -60,7 +60,9 @@ class KroneckerBlock(AveragedBlock):
         Args:
             name: `"omega"`, `"gamma"`, `"omega_inverse"` or `"gamma_inverse"`.
         """
-        rows = self.layout.omega_rows if name.startswith("omega") else self.layout.gamma_rows
+        rows = (
+            self.layout.omega_row_mask if name.startswith("omega") else self.layout.gamma_row_mask
+        )
         return [
             part[np.ix_(own, own)] for part, own in zip(self.state[name].numpy(), rows, strict=True)
         ]

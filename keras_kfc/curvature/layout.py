@@ -73,7 +73,7 @@ class KroneckerLayout:
         return BlockShape(self.linear_map.groups, rows, self._columns)
 
     @property
-    def omega_rows(self) -> np.ndarray:
+    def omega_row_mask(self) -> np.ndarray:
         """Which rows of the stored input factor are the layer's, `(G * P, R)`; others fill up."""
         parts = -(-self._channels // self.input_parts)
         channels = np.arange(self.input_parts * parts).reshape(self.input_parts, 1, parts)
@@ -84,7 +84,7 @@ class KroneckerLayout:
         return np.tile(rows, (self.linear_map.groups, 1))
 
     @property
-    def gamma_rows(self) -> np.ndarray:
+    def gamma_row_mask(self) -> np.ndarray:
         """Which rows of the stored output factor are the layer's, `(G * Q, t)`."""
         columns = np.arange(self.output_parts * self.gamma_shape[1])
         rows = (columns < self._columns).reshape(self.output_parts, -1)

@@ -92,10 +92,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
             names.add(path)
             for inverse in block.layout.inverse_shapes:
                 name = inverse.removesuffix("_inverse")
-                low, high = _extremes(block, inverse, block.inverted)
+                low, high = _extremes(block, inverse, block.has_inverses)
                 values[f"{path}/{name}_condition"] = high / low
                 if self.spectrum == "extremes":
-                    low, high = _extremes(block, name, block.weight)
+                    low, high = _extremes(block, name, block.ema_weight)
                     values[f"{path}/{name}_min"], values[f"{path}/{name}_max"] = low, high
         return values
 

@@ -113,12 +113,14 @@ def _layers_in(source: Any) -> list[_Layer]:
         layout = block.layout
         factors = {name: block.matrices(name) for name in layout.factor_shapes}
         factors = {name: parts for name, parts in factors.items() if parts}
-        if block.weight.numpy() > 0 and factors:
+        if block.ema_weight.numpy() > 0 and factors:
             inverses = {
                 inverse.removesuffix("_inverse"): block.matrices(inverse)
                 for inverse in layout.inverse_shapes
             }
-            layers.append(_Layer(block.path, factors, inverses if block.inverted.numpy() else {}))
+            layers.append(
+                _Layer(block.path, factors, inverses if block.has_inverses.numpy() else {})
+            )
     return layers
 
 

@@ -108,8 +108,8 @@ def describe_blocks(curvature: BlockDiagonal | None) -> list[dict[str, Any]]:
         {
             "path": block.path,
             "structure": curvature.structure_of(block),
-            "kernel": block.kernel,
-            "bias": block.bias,
+            "kernel": block.kernel_index,
+            "bias": block.bias_index,
             "shapes": [list(shape) for shape in block.layout.factor_shapes.values()],
         }
         for block in curvature.blocks

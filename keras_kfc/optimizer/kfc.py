@@ -17,7 +17,7 @@ from keras_kfc.optimizer.memory import MemoryUsage, usage_of
 from keras_kfc.optimizer.notices import Notices
 from keras_kfc.optimizer.parts import Parts, parts_of
 from keras_kfc.optimizer.receiving import receive_pass
-from keras_kfc.passes.automatic import PendingCaptures, take_pending
+from keras_kfc.passes.automatic import AutomaticCaptures, take_capture
 from keras_kfc.passes.capture import Capture
 from keras_kfc.placement.current import current_placement
 from keras_kfc.steps.loss_trend import Progress
@@ -184,7 +184,7 @@ class KFC(WholeStepOptimizer):
         self.progress = Progress(self.add_variable)
         self.polyak_steps = PolyakSteps(self.add_variable, self.progress)
         self.notices = Notices()
-        self.pending_captures = PendingCaptures()
+        self.automatic_captures = AutomaticCaptures()
         self.waiting, self.watched_steps = resuming.Waiting(), None
         self.parts: Parts | Any = None  # what `build` makes
 
@@ -226,7 +226,7 @@ class KFC(WholeStepOptimizer):
         """
         arguments.check_forward_pass(self.built, capture, loss=loss, y_pred=y_pred)
         # What the model captured by itself belongs to another forward pass.
-        take_pending(self)
+        take_capture(self)
         compiled = compile_loss(loss)
         value = compiled(y_true, y_pred, sample_weight)
         self.parts.measuring.take_in(capture, compiled, y_true, y_pred, sample_weight, value)

@@ -49,9 +49,11 @@ def leave_out_what_has_no_statistics(
         # Built in this trace. TensorFlow traces the step once more before it runs.
         return
     records = {} if capture is None else capture.records
-    kernels = {id(optimizer.trained_variables[block.kernel]): block for block in optimizer.blocks}
+    kernels = {
+        id(optimizer.trained_variables[block.kernel_index]): block for block in optimizer.blocks
+    }
     again = {
-        kernels[key].kernel
+        kernels[key].kernel_index
         for key, record in records.items()
         if key in kernels and any(use.differentiated_again for use in record.uses)
     }
@@ -72,11 +74,11 @@ def leave_out_what_has_no_statistics(
         variables = optimizer.trained_variables
     present = {id(v) for v, g in zip(variables, gradients, strict=False) if g is not None}
     unseen = {
-        block.kernel
+        block.kernel_index
         for key, block in kernels.items()
         if key in present
         and key not in recorded
-        and block.kernel not in again | optimizer.parts.curvature.captured
+        and block.kernel_index not in again | optimizer.parts.curvature.captured
     }
     _leave_out(
         optimizer,
@@ -89,7 +91,7 @@ def leave_out_what_has_no_statistics(
 
 def _leave_out(optimizer: Any, kernels: set[int], reason: str) -> None:
     new = kernels - optimizer.notices.told_of
-    blocks = [block for block in optimizer.blocks if block.kernel in new]
+    blocks = [block for block in optimizer.blocks if block.kernel_index in new]
     if not blocks:
         return
     paths = ", ".join(block.path for block in blocks)
@@ -109,7 +111,7 @@ def _leave_out(optimizer: Any, kernels: set[int], reason: str) -> None:
 def _is_initialized(block: Any) -> bool:
     """Whether a block's variables hold anything: those made in a trace do after it."""
     with tf.init_scope():
-        return all(bool(copy.is_initialized()) for copy in _copies(block.weight))
+        return all(bool(copy.is_initialized()) for copy in _copies(block.ema_weight))
 
 
 def _copies(variable: Any) -> Sequence[tf.Variable]:
@@ -122,7 +124,7 @@ def _can_leave_out(optimizer: Any, blocks: Sequence[Any]) -> bool:
     if current_placement().count > 1:
         return False
     with tf.init_scope():
-        used = any(block.weight.numpy() for block in blocks)
+        used = any(block.ema_weight.numpy() for block in blocks)
         started = int(optimizer.iterations.numpy()) > 0
     # Functions that were traced before would go on with the old variables.
     traced = not tf.executing_eagerly() and (started or optimizer.parts.curvature.captured)

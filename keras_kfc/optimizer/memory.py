@@ -146,12 +146,16 @@ def memory_of(
     covered: set[int] = set()
     for block in blocks:
         layout = block.layout
-        dtype = factor_dtype(variables[block.kernel])
+        dtype = factor_dtype(variables[block.kernel_index])
         factors = sum(_bytes_of(shape, dtype) for shape in layout.factor_shapes.values())
         inverses = sum(_bytes_of(shape, dtype) for shape in layout.inverse_shapes.values())
         # A block's two scalars count with its factors.
         factors += _bytes_of((2,), dtype)
-        indices = {block.kernel} if block.bias is None else {block.kernel, block.bias}
+        indices = (
+            {block.kernel_index}
+            if block.bias_index is None
+            else {block.kernel_index, block.bias_index}
+        )
         covered |= indices
         momenta = sum(_bytes_of(variables[i].shape, variables[i].dtype) for i in indices)
         momenta *= 1 + copies

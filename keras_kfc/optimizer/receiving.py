@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_kfc._compat.tensorflow_internals import outside_of_the_trace
 from keras_kfc.layers.groups import parameter_groups
 from keras_kfc.optimizer.left_out import leave_out_what_has_no_statistics
-from keras_kfc.passes.automatic import take_pending
+from keras_kfc.passes.automatic import take_capture
 
 
 def receive_pass(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any] | None) -> None:
@@ -21,7 +21,7 @@ def receive_pass(optimizer: Any, gradients: Sequence[Any], variables: Sequence[A
         gradients: The gradients; None for a variable without.
         variables: Their variables, or None for all.
     """
-    capture = take_pending(optimizer)
+    capture = take_capture(optimizer)
     # A step in which variables are made is traced once more.
     again = not optimizer.built
     if not optimizer.built and variables is not None:

@@ -27,7 +27,7 @@ from keras_kfc.optimizer.archive import (
 )
 
 # What an optimizer knows beside its variables and its configuration.
-_KEPT = ("notices", "pending_captures", "watched_steps")
+_KEPT = ("notices", "automatic_captures", "watched_steps")
 
 
 @dataclasses.dataclass
@@ -130,7 +130,7 @@ def adopt(optimizer: Any, variables: Sequence[Any]) -> bool:
     if not optimizer.built:
         return True
     trained = optimizer.trained_variables
-    kernels = {block.kernel for block in optimizer.blocks} | optimizer.waiting.left_out
+    kernels = {block.kernel_index for block in optimizer.blocks} | optimizer.waiting.left_out
     wanted = {id(variables[group.kernel]) for group in parameter_groups(variables)}
     if wanted == {id(trained[kernel]) for kernel in kernels}:
         return True
@@ -172,9 +172,11 @@ def leave_out(optimizer: Any, kernels: Set[int]) -> None:
         optimizer: The `keras_kfc.KFC`.
         kernels: Indices of the layers' kernels.
     """
-    leaving = [block for block in optimizer.blocks if block.kernel in kernels]
+    leaving = [block for block in optimizer.blocks if block.kernel_index in kernels]
     theirs = {id(variable) for block in leaving for variable in block.state.values()}
-    changed = {i for block in leaving for i in (block.kernel, block.bias) if i is not None}
+    changed = {
+        i for block in leaving for i in (block.kernel_index, block.bias_index) if i is not None
+    }
     # Momentum is another thing to the fallback rule.
     theirs |= {id(optimizer.parts.momentums[i]) for i in changed}
     with outside_of_the_trace():

@@ -67,30 +67,28 @@ class Update:
         rows = self._rows_looked_up(variables, gradients) if clipped is gradients else {}
         summed = _summed(variables, clipped, rows)
         directions = directions_of(self._curvature, summed, rows)
-        quadratic = predicted_decrease = directions.slope(summed)
+        clipped_slope = slope = directions.slope(summed)
         whole = summed if clipped is gradients else _summed(variables, gradients, rows)
         if clipped is not gradients and settings.polyak_scaling is not None:
             # Clipping makes a step shorter. The smaller promise of a clipped gradient would
             # make it longer.
-            predicted_decrease = directions_of(self._curvature, whole, {}).slope(whole)
+            slope = directions_of(self._curvature, whole, {}).slope(whole)
             # Clipping is there for gradients whose squares overflow.
-            predicted_decrease = tf.where(
-                tf.math.is_finite(predicted_decrease), predicted_decrease, quadratic
-            )
+            slope = tf.where(tf.math.is_finite(slope), slope, clipped_slope)
         # The fallback rule keeps squares, which may overflow where the gradient does not.
         values = {index: part.values for index, part in rows.items()}
         parts = {**summed, **values}
         squares = [tf.square(g) for i, g in parts.items() if i not in directions]
         # Clipping by value would hide an infinity.
-        usable = all_finite([quadratic, *whole.values(), *values.values(), *squares])
+        usable = all_finite([clipped_slope, *whole.values(), *values.values(), *squares])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update() -> bool:
             rates: dict[int, tf.Tensor] = {}
             share = tf.ones(())
             if directions:
-                rates, share = self._rates(learning_rate, quadratic, predicted_decrease, directions)
-            noise = self._progress.noise_share(predicted_decrease)
+                rates, share = self._rates(learning_rate, clipped_slope, slope, directions)
+            noise = self._progress.noise_share(slope)
             corrections = bias_corrections(settings.iterations + 1)
             fallback_rate = settings.adam_lr_ratio * learning_rate
             changes = []
@@ -167,21 +165,23 @@ class Update:
     def _rates(
         self,
         learning_rate: tf.Tensor,
-        quadratic: tf.Tensor,
-        predicted_decrease: tf.Tensor,
+        clipped_slope: tf.Tensor,
+        slope: tf.Tensor,
         directions: Directions,
     ) -> tuple[dict[int, tf.Tensor], tf.Tensor]:
         """What to multiply directions by, by index; and the mean part of the longest step allowed.
 
         Args:
             learning_rate: The learning rate.
-            quadratic: `g · F⁻¹ g`, a scalar.
-            predicted_decrease: The same before gradients were clipped.
+            clipped_slope: `g · F⁻¹ g`, a scalar.
+            slope: The same before gradients were clipped.
             directions: Preconditioned gradients.
         """
         members = {
-            block.kernel: [
-                i for i in (block.kernel, block.bias) if i is not None and i in directions
+            block.kernel_index: [
+                i
+                for i in (block.kernel_index, block.bias_index)
+                if i is not None and i in directions
             ]
             for block in self._curvature.blocks
         }
@@ -193,8 +193,8 @@ class Update:
             learning_rate=learning_rate,
             momentum=self._settings.momentum,
             scale=tf.constant(1.0) if polyak is None else tf.cast(polyak, tf.float32),
-            slope=predicted_decrease,
-            clipped_slope=quadratic,
+            slope=slope,
+            clipped_slope=clipped_slope,
             squares=squares,
             tables=tf.constant([i in directions.tables for i in range(len(self._momentums))]),
         )

@@ -85,11 +85,11 @@ def active_capture(kernel: Any) -> Any:
             "`update_factors` in the train step.",
             type(model).__name__,
         )
-    optimizer.pending_captures.by_replica[replica_number()] = _Pending(context, capture)
+    optimizer.automatic_captures.by_replica[replica_number()] = _Pending(context, capture)
     return capture
 
 
-def take_pending(optimizer: Any) -> Capture | None:
+def take_capture(optimizer: Any) -> Capture | None:
     """Hands the capture of the last training pass to its optimizer, once.
 
     Args:
@@ -98,7 +98,7 @@ def take_pending(optimizer: Any) -> Capture | None:
     # The train step has got to the gradients: forward passes are over, those of models that
     # other optimizers train, too. Backward passes through them may still follow.
     close_captures_of_models()
-    pending = optimizer.pending_captures.by_replica.pop(replica_number(), None)
+    pending = optimizer.automatic_captures.by_replica.pop(replica_number(), None)
     if pending is None:
         return None
     pending.capture.close()
@@ -133,7 +133,7 @@ def watch_loss(model: Any) -> None:
         pending = (
             None
             if optimizer is None
-            else optimizer.pending_captures.by_replica.get(replica_number())
+            else optimizer.automatic_captures.by_replica.get(replica_number())
         )
         if pending is not None and pending.capture.is_open:
             pending.capture.close()
@@ -150,7 +150,7 @@ def unwatch_loss(model: Any) -> None:
         vars(compiled).pop("call", None)
 
 
-class PendingCaptures:
+class AutomaticCaptures:
     """The captures of one optimizer that it has not taken yet, by number of the replica.
 
     An object of its own, because TensorFlow would track a dictionary.
@@ -185,4 +185,4 @@ class _Pending:
 
 
 def _pending_of(optimizer: Any) -> _Pending | None:
-    return optimizer.pending_captures.by_replica.get(replica_number())
+    return optimizer.automatic_captures.by_replica.get(replica_number())

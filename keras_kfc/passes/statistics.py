@@ -138,12 +138,13 @@ class BatchStatistics:
     Args:
         moments: By record key, moments of the inputs and then of the backward passes. Layers
             that no backward pass has reached are missing.
-        sound: Whether all inputs are finite, a boolean scalar. A NaN can stop at a rectifier,
-            so that layers above it look sound: where one layer's input is broken, the batch is.
+        batch_is_finite: Whether all inputs are finite, a boolean scalar. A NaN can stop at a
+            rectifier, so that layers above it look sound: where one layer's input is broken, the
+            batch is.
     """
 
     moments: Mapping[int, tuple[tf.Tensor, ...]]
-    sound: tf.Tensor
+    batch_is_finite: tf.Tensor
 
 
 def measure(

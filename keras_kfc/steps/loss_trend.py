@@ -15,11 +15,11 @@ would do. So after the start `E` is multiplied by how fast it falls, compared wi
 
     _r, _p     means of `E` or `L` weighted by t^9 and by t: over recent steps and past ones
     P          log(E_p / E_r) / 0.4
-    pace       w + (1 - w) 3 P,     w = min(1, 100 / steps)
-    G          E pace                                                  where L₀ is known
+    trend      w + (1 - w) 3 P,     w = min(1, 100 / steps)
+    G          E trend                                                 where L₀ is known
                max((L_p - L_r) / 0.166, w 0.3 spread)                  where it is not
 
-All averages weigh batches by their examples. A constant loss has a pace of 100 / steps, as
+All averages weigh batches by their examples. A constant loss has a trend factor of 100 / steps, as
 the theory of stochastic approximation has it.
 """
 
@@ -32,9 +32,9 @@ import tensorflow as tf
 _DECAY, _FEWEST_EXAMPLES = 0.9, 32.0
 # Weights t^(k-1), for k the strength; means of t^-P are t^-P k / (k - P).
 _RECENT, _PAST = 10.0, 2.0
-_ORDINARY_EXPONENT = 1 / 3
+_REFERENCE_EXPONENT = 1 / 3
 # E_p - E_r for E of now at the ordinary exponent.
-_ORDINARY_FALL = _PAST / (_PAST - _ORDINARY_EXPONENT) - _RECENT / (_RECENT - _ORDINARY_EXPONENT)
+_REFERENCE_FALL = _PAST / (_PAST - _REFERENCE_EXPONENT) - _RECENT / (_RECENT - _REFERENCE_EXPONENT)
 _FASTEST = 10.0
 # Steps in which the first fall of the loss says little of what will follow.
 _START = 100.0
@@ -150,22 +150,22 @@ class Progress:
     def _start(self) -> tf.Tensor:
         return tf.minimum(1.0, _START / tf.cast(tf.maximum(self._seen.value, 1), tf.float32))
 
-    def pace(self) -> tf.Tensor:
+    def trend_factor(self) -> tf.Tensor:
         """Factor for Polyak's step: 1 at first and where the excess falls as usual."""
         tiny = tf.constant(1e-30)
         past, recent = tf.maximum(self._past.value, tiny), tf.maximum(self._recent.value, tiny)
         exponent = tf.math.log(past / recent) / (1 / _PAST - 1 / _RECENT)
         # A loss that rises tells of other data, or of steps that are too large.
-        relative = tf.abs(exponent) / _ORDINARY_EXPONENT
+        relative = tf.abs(exponent) / _REFERENCE_EXPONENT
         relative = tf.minimum(relative, tf.where(exponent > 0, _FASTEST, 1.0))
         start = self._start()
         return start + (1 - start) * relative
 
     def gap(self) -> tf.Tensor:
         """What the loss may still fall by, a float32 scalar; 0 where nothing tells of it."""
-        fall = (self._past - self._recent) / _ORDINARY_FALL
+        fall = (self._past - self._recent) / _REFERENCE_FALL
         by_fall = tf.maximum(fall, _PART_OF_SPREAD * self._start() * self._spread)
-        return tf.where(self.lowest_known > 0, tf.abs(self.excess) * self.pace(), by_fall)
+        return tf.where(self.lowest_known > 0, tf.abs(self.excess) * self.trend_factor(), by_fall)
 
     def noise_share(self, slope: tf.Tensor) -> tf.Tensor:
         """Share of noise in the gradient, in [0, 1], where the lowest loss is known.

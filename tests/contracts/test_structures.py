@@ -77,10 +77,10 @@ class Example:
             *self.layout.from_pass(needed, derivatives, size, [None]),
         )
 
-    def update(self, moments, examples=6.0, decay=0.5, sound=True):
+    def update(self, moments, examples=6.0, decay=0.5, batch_is_finite=True):
         return bool(
             self.block.update(
-                moments, tf.constant(examples), tf.constant(decay), tf.constant(sound)
+                moments, tf.constant(examples), tf.constant(decay), tf.constant(batch_is_finite)
             )
         )
 
@@ -137,7 +137,7 @@ def test_batches_count_by_their_examples(name, case, use_bias):
     assert not example.update(second, examples=2.0, decay=0.5)
     for factor, one, other in zip(example.factors(), first, second, strict=True):
         np.testing.assert_allclose(factor, (3 * one + 2 * other) / 5)
-    assert float(example.block.weight) == 5.0
+    assert float(example.block.ema_weight) == 5.0
     # Quadratic in the derivatives, one factor of them: a use of their signs would show.
     changed = [relative_error(a, b) for a, b in zip(first, second, strict=True)]
     assert max(changed) == pytest.approx(8 / 9, rel=1e-6)
@@ -149,10 +149,10 @@ def test_broken_batches_leave_no_trace(name, case, use_bias):
     example.update(example.moments())
     before = example.factors()
     assert example.update(example.moments(np.nan))
-    assert example.update(example.moments(2.0), sound=False)
+    assert example.update(example.moments(2.0), batch_is_finite=False)
     for factor, old in zip(example.factors(), before, strict=True):
         np.testing.assert_array_equal(factor, old)
-    assert float(example.block.weight) == 6.0
+    assert float(example.block.ema_weight) == 6.0
 
 
 @every
@@ -164,7 +164,7 @@ def test_the_inverse_is_symmetric_and_positive(name, case, use_bias):
     one, other = np.sum(u * example.times(v)), np.sum(v * example.times(u))
     assert one == pytest.approx(other, rel=1e-9)
     assert np.sum(u * example.times(u)) > 0 and np.sum(v * example.times(v)) > 0
-    assert float(example.block.inverted) == 1.0
+    assert float(example.block.has_inverses) == 1.0
 
 
 @every
@@ -228,10 +228,10 @@ def test_nothing_to_invert_is_refused_or_left(name, case, use_bias):
     """Without data nothing is inverted; a zero block without damping has no inverse."""
     example = Example(name, case, use_bias)
     assert not example.refresh(0.1, True)
-    assert float(example.block.inverted) == 0.0
+    assert float(example.block.has_inverses) == 0.0
     example.update(example.moments(0.0))
     assert example.refresh(0.0, False)
-    assert float(example.block.inverted) == 0.0
+    assert float(example.block.has_inverses) == 0.0
 
 
 def net(name):
