@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import layers as plain_layers
 
+import keras_kfc
 from keras_kfc import layers as kfc_layers
 
 
@@ -59,3 +60,12 @@ def build_optimizer(model):
     """
     if model.built and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+
+
+def compiled(model=None, loss="sparse_categorical_crossentropy", **options):
+    """A compiled small net whose factors and inverses are due at every step."""
+    model = conv_net(batch_norm=False) if model is None else model
+    periods = {"curvature_update_period": 1, "inverse_update_period": 1, "seed": 3}
+    model.compile(optimizer=keras_kfc.KFC(**{**periods, **options}), loss=loss)
+    build_optimizer(model)
+    return model

@@ -10,6 +10,7 @@ import pytest
 import keras_kfc
 
 PACKAGE = pathlib.Path(keras_kfc.__file__).parent
+TESTS = pathlib.Path(__file__).parent
 # A room imports from rooms of earlier rows, not from its own row's others.
 FLOORS = [
     {"_compat", "utils"},
@@ -49,9 +50,17 @@ def test_imports_run_one_way(path):
         assert room == own or FLOOR_OF[room] < FLOOR_OF[own], f"{own} imports from {room}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_files_can_be_read_at_one_sitting(path):
-    assert len(path.read_text().splitlines()) <= 300
+@pytest.mark.parametrize("folder", [PACKAGE, TESTS], ids=["package", "tests"])
+def test_files_can_be_read_at_one_sitting(folder):
+    lengths = {path: len(path.read_text().splitlines()) for path in folder.rglob("*.py")}
+    assert len(lengths) > 80
+    assert not [path for path, length in lengths.items() if length > 300]
+
+
+def test_tests_are_in_the_rooms_of_what_they_test():
+    """Beside the rooms: suites for all kinds, stored trainings, whole trainings, and scripts."""
+    folders = {path.parent.name for path in TESTS.rglob("test_*.py")} - {TESTS.name}
+    assert folders - set(FLOOR_OF) == {"contracts", "golden", "training", "scripts"}
 
 
 def test_only_one_room_knows_private_names():

@@ -67,7 +67,7 @@ class WholeStepOptimizer(keras.optimizers.Optimizer):
         return strategy.scope()
 
     # What Keras calls. A rename of the first makes Keras call `update_step`, which there is none
-    # of; `tests/test_compat.py` tells of the others.
+    # of; `tests/_compat/test_compat.py` tells of the others.
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any

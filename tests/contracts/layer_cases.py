@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
+from helpers import few
 
 import keras_kfc
 
@@ -209,3 +211,15 @@ def build(case, policy="float64", library=keras.layers, instrumented=True):
     if case.tokens is not None:
         return model, rng.integers(0, case.tokens, (4, *case.shape)).astype("int32")
     return model, rng.normal(size=(4, *case.shape)).astype(numbers)
+
+
+first_of_each = {case.kind: case for case in reversed(CASES)}
+# Kinds that differ most are quick tests, their first cases.
+QUICK = ("LSTM", "Conv2D", "Conv2DTranspose", "DepthwiseConv2D", "EinsumDense", "Embedding")
+QUICK += ("BatchNormalization", "TimeDistributed")
+quick = [first_of_each[kind] for kind in QUICK]
+every = pytest.mark.parametrize(
+    "case", few([*quick, *(case for case in CASES if case not in quick)], len(quick)), ids=str
+)
+firsts = [*quick, *(case for case in first_of_each.values() if case not in quick)]
+one_of_each = pytest.mark.parametrize("case", few(firsts, len(quick)), ids=str)

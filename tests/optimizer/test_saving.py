@@ -7,7 +7,6 @@ Fisher matrix, so that equality covers its random numbers, too.
 import signal
 
 import keras
-import nets
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -273,32 +272,3 @@ def test_state_of_an_optimizer_before_its_first_step(tmp_path):
     fresh.optimizer.build(fresh.trainable_variables)
     fresh.load_weights(tmp_path / "model.weights.h5")
     assert int(fresh.optimizer.draw_seed) == SEED
-
-
-@pytest.mark.slow
-def test_clones_are_instrumented_and_independent():
-    model = compiled()
-    fit(model, 1)
-    clone = keras.models.clone_model(model)
-    assert keras_kfc.coverage(clone).covered == keras_kfc.coverage(model).covered
-    assert not set(map(id, clone.variables)) & set(map(id, model.variables))
-    clone.set_weights(model.get_weights())
-    before = nets.flat_weights(model)
-    clone.compile(optimizer=default_optimizer(), loss="sparse_categorical_crossentropy")
-    fit(clone, 1)
-    np.testing.assert_array_equal(nets.flat_weights(model), before)
-    assert len(clone.optimizer.blocks) == 2
-    nested = keras.models.clone_model(keras.Sequential([keras.Input((8, 8, 2)), model]))
-    assert len(keras_kfc.coverage(nested).covered) == 2
-
-
-@pytest.mark.parametrize(
-    "serialise",
-    [
-        lambda model: type(model).from_config(model.get_config()),
-        lambda model: keras.models.model_from_json(model.to_json()),
-    ],
-)
-def test_models_come_back_from_their_configuration(serialise):
-    model = serialise(compiled())
-    assert [path.split("/")[-1] for path in keras_kfc.coverage(model).covered] == ["conv", "dense"]

@@ -1,19 +1,13 @@
 """Trainings end at the weights that are stored: a change of form is no change of method."""
 
-import sys
-from pathlib import Path
-
 import keras
 import nets
 import numpy as np
 import pytest
 import resuming
+import trajectories
 
 from keras_kfc.optimizer.archive import FORMAT_VERSION
-
-sys.path.insert(0, str(Path(__file__).parent / "golden"))
-
-import trajectories
 
 QUICK = ("conv_net", "custom_loss")
 FILES = sorted(trajectories.FOLDER.glob("format-*.keras"))

@@ -17,7 +17,7 @@ from examples.data import IDX_FILES, DataError, load_digits, load_fashion_mnist,
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -212,6 +212,7 @@ def test_first_estimate_is_the_first_batch():
         assert relative_error(optimizer.blocks[0].omega[0], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_learning_rate_and_damping_are_read_and_set_during_training():
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([2], [0.5, 0.25])
     model, optimizer = conv_net(), kfc(learning_rate=schedule, damping=schedule)

@@ -151,6 +151,7 @@ def squared(offset):
     return loss
 
 
+@pytest.mark.slow
 def test_a_constant_in_the_loss_changes_nothing():
     x, y = data()
 

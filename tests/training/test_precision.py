@@ -220,7 +220,7 @@ def test_a_loss_scale_that_nobody_can_tell_changes_nothing():
 
 @pytest.mark.parametrize(
     "options",
-    [{"relative_damping": False}, pytest.param({"polyak_scaling": None}, marks=pytest.mark.slow)],
+    few([{"relative_damping": False}, {"polyak_scaling": None}], 0),
 )
 def test_options_that_depend_on_a_loss_scale_that_nobody_can_tell_say_what_to_do(options):
     model = parts_in_float16(2.0, **options)

@@ -134,7 +134,7 @@ def test_layers_with_a_gradient_penalty_leave_the_others_their_blocks(run_eagerl
     model = penalised(run_eagerly=run_eagerly)
     fit(model, 2)
     assert [block.path.split("/")[-1] for block in model.optimizer.blocks] == ["free"]
-    assert float(model.optimizer.blocks[0].weight) > 0
+    assert float(model.optimizer.blocks[0].ema_weight) > 0
     assert len([m for m in messages(caplog) if "differentiated again" in m]) == 1
     excluded = penalised(run_eagerly=run_eagerly)
     keras_kfc.instrument(excluded, exclude=["in", "out"])

@@ -174,7 +174,7 @@ def test_the_first_step_of_a_loop_without_capture_moves_along_the_gradient():
         np.testing.assert_allclose(move, -0.01 * gradient.numpy(), rtol=1e-4)
     moves, gradients = step()
     assert np.abs(moves[0] + 0.01 * gradients[0].numpy()).max() > 1e-4
-    assert float(optimizer.blocks[0].weight) > 0
+    assert float(optimizer.blocks[0].ema_weight) > 0
 
 
 def dense_after_dropout(where):

@@ -1,82 +1,22 @@
 """What Keras's optimizers can do, KFC can: "with equals without", or equals the definition."""
 
 import keras
-import nets
 import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import few
+from option_runs import (
+    LOSS,
+    assert_equal_weights,
+    assert_other_weights,
+    batches,
+    by_hand,
+    fitted,
+    kfc,
+    net,
+)
 
 import keras_kfc
-from keras_kfc import KFC
-
-LOSS = "sparse_categorical_crossentropy"
-STEPS = 4
-
-
-def kfc(**kwargs):
-    settings = {"seed": 3, "curvature_update_period": 2, "inverse_update_period": 3}
-    return KFC(**{**settings, **kwargs})
-
-
-def net(**options):
-    """Dense layers, one of them without a bias, with options for the first."""
-    keras.backend.clear_session(free_memory=False)
-    keras.utils.set_random_seed(4)
-    return keras.Sequential(
-        [
-            keras.Input((6,)),
-            keras_kfc.layers.Dense(5, activation="tanh", name="hidden", **options),
-            keras.layers.LayerNormalization(name="norm"),
-            keras_kfc.layers.Dense(3, activation="softmax", use_bias=False, name="head"),
-        ]
-    )
-
-
-def batches(count=STEPS, size=16):
-    rng = np.random.default_rng(5)
-    labels = rng.integers(0, 3, size=count * size)
-    centres = rng.normal(size=(3, 6))
-    return (centres[labels] + rng.normal(size=(count * size, 6))).astype("float32"), labels
-
-
-def fitted(optimizer=None, model=None, size=16, epochs=1, **compiled):
-    """The model after some steps."""
-    model = net() if model is None else model
-    model.compile(kfc() if optimizer is None else optimizer, LOSS, **compiled)
-    nets.build_optimizer(model)
-    x, y = batches()
-    model.fit(x, y, batch_size=size, epochs=epochs, shuffle=False, verbose=0)
-    return model
-
-
-def by_hand(optimizer, change=lambda gradients, variables: gradients, penalty=None, size=16):
-    """The weights after the same steps of an eager loop that changes gradients itself."""
-    model = net()
-    optimizer.build(model.trainable_variables)
-    x, y = batches()
-    for start in range(0, len(x), size):
-        images, labels = x[start : start + size], y[start : start + size]
-        with tf.GradientTape() as tape:
-            with keras_kfc.Capture() as capture:
-                outputs = model(images, training=True)
-            value = keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, outputs))
-            value = value if penalty is None else value + penalty(model)
-        variables = model.trainable_variables
-        gradients = change(tape.gradient(value, variables), variables)
-        optimizer.update_factors(capture, LOSS, labels, outputs)
-        optimizer.apply(gradients, variables)
-    return model
-
-
-def assert_equal_weights(model, expected, rtol=1e-4, atol=1e-6):
-    for actual, wanted in zip(model.get_weights(), expected.get_weights(), strict=True):
-        np.testing.assert_allclose(actual, wanted, rtol=rtol, atol=atol)
-
-
-def assert_other_weights(model, expected):
-    with pytest.raises(AssertionError):
-        assert_equal_weights(model, expected)
 
 
 @pytest.fixture(scope="module")
@@ -190,67 +130,6 @@ def test_constraints_are_applied_after_each_step(reference):
     assert_other_weights(constrained, reference)
     wide = fitted(model=net(kernel_constraint=keras.constraints.MaxNorm(100.0)))
     assert_equal_weights(wide, reference)
-
-
-class Trajectory(keras.callbacks.Callback):
-    def __init__(self):
-        super().__init__()
-        self.weights = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.weights.append([np.asarray(v) for v in self.model.trainable_variables])
-
-
-@pytest.mark.slow
-def test_averaged_weights_are_the_moving_average_of_the_trajectory():
-    model = net()
-    model.compile(kfc(), LOSS)
-    trajectory = Trajectory()
-    x, y = batches()
-    model.fit(x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[trajectory])
-    average = trajectory.weights[0]
-    for weights in trajectory.weights[1:]:
-        average = [0.7 * a + 0.3 * w for a, w in zip(average, weights, strict=True)]
-    averaged = fitted(kfc(use_ema=True, ema_momentum=0.7))
-    for actual, expected in zip(averaged.trainable_variables, average, strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
-    overwritten = fitted(kfc(use_ema=True, ema_momentum=0.7, ema_overwrite_frequency=2))
-    assert_other_weights(overwritten, averaged)
-    assert np.isfinite(nets.flat_weights(overwritten)).all()
-
-
-def factors_on(model, x):
-    return keras_kfc.kronecker_factors(model, x, loss=LOSS, fisher="exact")
-
-
-@pytest.mark.slow
-def test_factors_see_every_micro_batch_of_an_accumulated_step():
-    x, _ = batches()
-    model = net()
-    parts = [factors_on(model, part) for part in np.split(x, 2)]
-    optimizer = kfc(gradient_accumulation_steps=2, fisher="exact")
-    fitted(optimizer, model, size=32)
-    assert int(optimizer.iterations) == 1
-    for block in optimizer.blocks:
-        first, second = (part[block.path] for part in parts)
-        for name in ("omega", "gamma"):
-            whole = (getattr(first, name) + getattr(second, name)) / 2
-            actual = np.asarray(getattr(block, name))[0]
-            np.testing.assert_allclose(actual, whole, rtol=1e-4, atol=1e-7)
-
-
-def test_accumulated_micro_batches_are_one_batch():
-    """With averages that hardly forget, two halves have the factors of the whole."""
-    settings = {
-        "fisher": "exact",
-        "curvature_ema": 0.9999,
-        "polyak_scaling": None,
-        "weight_decay": None,
-    }
-    whole = fitted(kfc(**settings), size=32)
-    halves = fitted(kfc(gradient_accumulation_steps=2, **settings), size=16)
-    assert_equal_weights(halves, whole, rtol=2e-3, atol=1e-5)
-    assert_other_weights(halves, fitted(kfc(**settings), size=16))
 
 
 @pytest.mark.parametrize(
