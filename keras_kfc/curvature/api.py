@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc.maps.api import LinearMap
+from keras_kfc.passes.products import GradientProduct
 from keras_kfc.passes.statistics import BatchStatistics, Moments
 
 
@@ -189,8 +190,15 @@ class Curvature(Protocol):
     def tables(self) -> frozenset[int]:
         """Indices of covered variables whose rows can be preconditioned one by one."""
 
-    def natural_gradient(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
-        """`F⁻¹ g`, for every covered variable with a gradient, by index."""
+    def natural_gradient(
+        self,
+        gradients: Mapping[int, tf.Tensor],
+        products: Mapping[int, GradientProduct] | None = None,
+    ) -> dict[int, tf.Tensor]:
+        """`F⁻¹ g`, for every covered variable with a gradient, by index.
+
+        `products` are those of the gradients that are known as `Aᵀ E`, by index of the kernel.
+        """
 
     def direction_of_rows(self, index: int, rows: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
         """`F⁻¹ g` for some rows of a table, `(N, m)`; `numbers` says which, `(N,)`."""

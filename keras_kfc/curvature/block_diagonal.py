@@ -10,9 +10,11 @@ import tensorflow as tf
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout, BlockOfRows, CurvatureBlock
 from keras_kfc.curvature.averaging import any_of
 from keras_kfc.curvature.choice import planned_blocks
+from keras_kfc.curvature.products import directions_by_rows
 from keras_kfc.layers.instrumented import layer_of_kernel
 from keras_kfc.linalg.precision import factor_dtype
 from keras_kfc.passes.capture import Capture
+from keras_kfc.passes.products import GradientProduct
 from keras_kfc.passes.statistics import BatchStatistics
 
 _logger = logging.getLogger("keras_kfc")
@@ -156,11 +158,17 @@ class BlockDiagonal:
         refused = [part for refresh in refreshes for part in refresh.run(damping, network_mean)]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
-    def natural_gradient(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
+    def natural_gradient(
+        self,
+        gradients: Mapping[int, tf.Tensor],
+        products: Mapping[int, GradientProduct] | None = None,
+    ) -> dict[int, tf.Tensor]:
         """Preconditions gradients.
 
         Args:
             gradients: Gradients by index of their variable.
+            products: Those that are known as products of two thin matrices, by index of
+                their kernel.
 
         Returns:
             `F⁻¹ g` for every covered variable with a gradient, by
@@ -171,6 +179,12 @@ class BlockDiagonal:
             ValueError: If a layer was stripped of its block.
         """
         directions: dict[int, tf.Tensor] = {}
+
+        def by_gradient(block: CurvatureBlock) -> tf.Tensor:
+            kernel, bias = self._block_gradients(block, gradients)
+            return block.multiply(block.layout.linear_map.stack_bias(kernel, bias))
+
+        by_rows = directions_by_rows(self.blocks, products, by_gradient) if products else {}
         for block in self.blocks:
             present = [
                 i
@@ -184,13 +198,12 @@ class BlockDiagonal:
                     f"Layer {block.path} was stripped or quantised after the optimizer was built. "
                     "Compile the model again with a new optimizer."
                 )
-            linear_map = block.layout.linear_map
-            kernel, bias = self._block_gradients(block, gradients)
-            weights = block.multiply(linear_map.stack_bias(kernel, bias))
+            weights = by_rows.get(block.kernel_index)
+            weights = by_gradient(block) if weights is None else weights
             preconditioned = dict(
                 zip(
                     (block.kernel_index, block.bias_index),
-                    linear_map.unstack_bias(weights),
+                    block.layout.linear_map.unstack_bias(weights),
                     strict=True,
                 )
             )
@@ -247,7 +260,7 @@ def _tell_compromises(blocks: Sequence[CurvatureBlock], max_factor_dim: int | No
         for text in block.layout.compromises(max_factor_dim)
     ]
     if lines:
-        _logger.warning(
+        _logger.info(
             "Factors of more than max_factor_dim=%d rows are cut into diagonal blocks. With "
             "their inverses, and the products of each inversion:\n  %s",
             max_factor_dim,

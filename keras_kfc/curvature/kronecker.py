@@ -75,6 +75,18 @@ class KroneckerBlock(AveragedBlock):
         )
         return self.layout.multiply(inverses[0], weights, inverses[1])
 
+    def costs(self) -> tuple[float, float]:
+        """Products that a whole gradient takes, and those that each row of a product takes."""
+        return self.layout.costs()
+
+    def multiply_product(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+        """`Ω⁻¹ Aᵀ E Γ⁻¹`, `(G, n, m)`, of the rows of a gradient, `(G, R, n)` and `(G, R, m)`."""
+        inverses = (
+            tf.convert_to_tensor(self.omega_inverse),
+            tf.convert_to_tensor(self.gamma_inverse),
+        )
+        return self.layout.multiply_product(inverses[0], inputs, derivatives, inverses[1])
+
 
 class KroneckerRefresh:
     """New inverses for Kronecker blocks, computed all together.

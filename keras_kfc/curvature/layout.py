@@ -182,20 +182,58 @@ class KroneckerLayout:
             # One matrix is multiplied faster than a batch of one.
             omega, joint, gamma = (tf.squeeze(part, axis=0) for part in (omega, joint, gamma))
             return tf.expand_dims(omega @ joint @ gamma, 0)
-        joint = self._join_rows(omega @ self._split_rows(joint))
-        columns = pad_and_split_columns(joint, self.output_parts) @ gamma
+        return self._times_gamma(self._omega_times(omega, joint), gamma)
+
+    def multiply_product(
+        self, omega: tf.Tensor, inputs: tf.Tensor, derivatives: tf.Tensor, gamma: tf.Tensor
+    ) -> tf.Tensor:
+        """`omega Aᵀ E gamma` as `(omega Aᵀ) (E gamma)`, `R n + R m + n m` products for each row.
+
+        Args:
+            omega: `(G * P, R, R)`.
+            inputs: A, `(G, rows, n)`.
+            derivatives: E, `(G, rows, m)`.
+            gamma: `(G * Q, t, t)`.
+
+        Returns:
+            `(G, n, m)`.
+        """
+        if omega.shape[0] == gamma.shape[0] == 1:
+            left = tf.matmul(omega[0], inputs[0], transpose_b=True)
+            return tf.expand_dims(left @ (derivatives[0] @ gamma[0]), 0)
+        left = self._omega_times(omega, tf.linalg.matrix_transpose(inputs))
+        return left @ self._times_gamma(derivatives, gamma)
+
+    def costs(self) -> tuple[float, float]:
+        """Products that `multiply` takes, and those of each row in `multiply_product`."""
+        groups, rows, columns = self.block_shape
+        ours, theirs = self.omega_shape[1], self.gamma_shape[1]
+        whole = groups * rows * columns * (ours + theirs)
+        return float(whole), float(groups * (rows * ours + columns * theirs + rows * columns))
+
+    def _omega_times(self, omega: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+        """`omega` times a matrix, `(G, n, k)`."""
+        return self._join_rows(omega @ self._split_rows(matrix))
+
+    def _times_gamma(self, matrix: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
+        """A matrix, `(G, k, m)`, times `gamma`."""
+        columns = pad_and_split_columns(matrix, self.output_parts) @ gamma
         if self.output_parts == 1:
             return columns
-        groups, rows = joint.shape[:2]
-        columns = tf.reshape(columns, (groups, self.output_parts, rows, -1))
-        columns = tf.reshape(tf.transpose(columns, (0, 2, 1, 3)), (groups, rows, -1))
-        return columns[:, :, : joint.shape[2]]
+        groups = matrix.shape[0]
+        rows = tf.shape(matrix)[1] if matrix.shape[1] is None else matrix.shape[1]
+        width = columns.shape[2]
+        columns = tf.reshape(columns, (groups, self.output_parts, rows, width))
+        columns = tf.transpose(columns, (0, 2, 1, 3))
+        columns = tf.reshape(columns, (groups, rows, self.output_parts * width))
+        return columns[:, :, : matrix.shape[2]]
 
     def _split_rows(self, joint: tf.Tensor) -> tf.Tensor:
         """`(G, n, m)` to `(G * P, R, m)`."""
         if self.input_parts == 1:
             return joint
         groups, rows, columns = joint.shape
+        columns = tf.shape(joint)[2] if columns is None else columns
         channels = -(-self._channels // self.input_parts)
         kernel = joint[:, : self.linear_map.kernel_rows]
         kernel = tf.reshape(kernel, (groups, self._positions, self._channels, columns))
@@ -215,6 +253,7 @@ class KroneckerLayout:
         if self.input_parts == 1:
             return parts
         groups, columns = self.linear_map.groups, parts.shape[2]
+        columns = tf.shape(parts)[2] if columns is None else columns
         channels = -(-self._channels // self.input_parts)
         rows = self._positions * channels
         parts = tf.reshape(parts, (groups, self.input_parts, -1, columns))

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import Curvature
 from keras_kfc.optimizer.rows import SummedRows
+from keras_kfc.passes.products import GradientProduct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,10 @@ class Directions:
 
 
 def directions_of(
-    curvature: Curvature, gradients: Mapping[int, tf.Tensor], rows: Mapping[int, SummedRows]
+    curvature: Curvature,
+    gradients: Mapping[int, tf.Tensor],
+    rows: Mapping[int, SummedRows],
+    products: Mapping[int, GradientProduct] | None = None,
 ) -> Directions:
     """Preconditions gradients.
 
@@ -85,9 +89,10 @@ def directions_of(
         curvature: The curvature.
         gradients: Gradients by index.
         rows: Gradients of tables of which a batch used some rows, by index.
+        products: Those of the gradients that are products of two thin matrices.
     """
     tables = curvature.tables
-    directions = curvature.natural_gradient(gradients)
+    directions = curvature.natural_gradient(gradients, products)
     for index, part in rows.items():
         if index in tables:
             directions[index] = curvature.direction_of_rows(index, part.values, part.indices)

@@ -92,9 +92,9 @@ class KFC(WholeStepOptimizer):
         weight_sharing: Whether positions that share weights are uncorrelated, `"expand"`, or
             alike, `"reduce"`; None for what suits each layer. Defaults to `None`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size
-            or less (a convolution's kernel positions stay together), with a logged warning;
-            None for no limit. A factor of n rows takes `8 n²` bytes with its inverse, and about
-            `n³` products each time it is inverted. Defaults to `2048`.
+            or less (a convolution's kernel positions stay together), which is logged as
+            information; None for no limit. A factor of n rows takes `8 n²` bytes with its
+            inverse, and about `n³` products each time it is inverted. Defaults to `512`.
         adam_lr_ratio: That of the fallback rule over `learning_rate`. Defaults to `0.2`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
         name: Name of the optimizer. Defaults to `"kfc"`, with a number where that is taken.
@@ -154,7 +154,7 @@ class KFC(WholeStepOptimizer):
         factor_batch_size: int | None = None,
         structure: str = "kronecker",
         weight_sharing: str | None = None,
-        max_factor_dim: int | None = 2048,
+        max_factor_dim: int | None = 512,
         adam_lr_ratio: float = 0.2,
         seed: int | None = None,
         weight_decay: float | None = 0.02,

@@ -24,6 +24,7 @@ from keras_kfc.passes.statistics import (
 from keras_kfc.placement.current import current_placement, replica_number
 from keras_kfc.steps.api import DampingRule
 from keras_kfc.steps.loss_trend import Progress
+from keras_kfc.utils.branches import run_if
 
 # Factors remember so many examples at least.
 _FEWEST_EXAMPLES = 256.0
@@ -121,14 +122,13 @@ class Measuring:
         if not curvature.blocks:
             return
 
-        def refresh() -> bool:
+        def refresh() -> None:
             curvature.average_over_replicas()
             refused = curvature.refresh(self._damping.damping(), self._damping.relative)
             settings.rejected_inverse_updates.assign_add(tf.cast(refused, tf.int64))
-            return True
 
         due = self._is_due(settings.inverse_update_period)
-        tf.cond(due | curvature.missing_inverses(), refresh, lambda: False)
+        run_if(due | curvature.missing_inverses(), refresh)
 
     def _can_use(self, capture: Capture) -> bool:
         if not self._curvature.blocks_in(capture):
@@ -147,17 +147,16 @@ class Measuring:
         curvature, settings = self._curvature, self._settings
         curvature.note_captured(capture)
 
-        def update() -> bool:
+        def update() -> None:
             sample = draw_examples(batch_size, settings.factor_batch_size, self._step_seed())
             # The other replicas have as many.
             examples = sample.size * current_placement().count
             decay = self._decay_of_factors(examples)
             refused = curvature.update(statistics(sample), examples, decay)
             settings.rejected_factor_updates.assign_add(tf.cast(refused, tf.int64))
-            return True
 
         due = self._is_due(settings.curvature_update_period)
-        tf.cond(due | curvature.missing_factors(capture), update, lambda: False)
+        run_if(due | curvature.missing_factors(capture), update)
 
     def _is_due(self, period: int) -> tf.Tensor:
         settings = self._settings

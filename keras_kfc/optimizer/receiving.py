@@ -11,6 +11,7 @@ from keras_kfc._compat.tensorflow_internals import outside_of_the_trace
 from keras_kfc.layers.groups import parameter_groups
 from keras_kfc.optimizer.left_out import leave_out_what_has_no_statistics
 from keras_kfc.passes.automatic import take_capture
+from keras_kfc.passes.products import products_in
 
 
 def receive_pass(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any] | None) -> None:
@@ -33,6 +34,15 @@ def receive_pass(optimizer: Any, gradients: Sequence[Any], variables: Sequence[A
     parts = optimizer.parts
     if capture is not None:
         parts.measuring.take_in_pending(capture)
+        trained = optimizer.trained_variables if variables is None else variables
+        by_kernel = products_in(capture, gradients, trained)
+        parts.update.offer(
+            {
+                index: by_kernel[id(variable)]
+                for index, variable in enumerate(optimizer.trained_variables)
+                if id(variable) in by_kernel
+            }
+        )
         if again:
             parts.curvature.forget_captured()
     optimizer.notices.tell_coverage(

@@ -12,9 +12,11 @@ from keras_kfc.optimizer.directions import Directions, directions_of
 from keras_kfc.optimizer.moves import Moves
 from keras_kfc.optimizer.rows import SummedRows, summed_rows
 from keras_kfc.optimizer.settings import Settings
+from keras_kfc.passes.products import GradientProduct
 from keras_kfc.placement.current import current_placement
 from keras_kfc.steps.api import StepQuery, StepRule
 from keras_kfc.steps.loss_trend import Progress
+from keras_kfc.utils.branches import run_if
 
 # Weight decay of variables without a block, over that of kernels with one: with the default
 # of 0.02, that of Keras's AdamW.
@@ -47,6 +49,11 @@ class Update:
         self._rule, self._progress = rule, progress
         self._momentums, self._second_moments = momentums, second_moments
         self._moves = Moves(settings, momentums, second_moments)
+        self._offered: Mapping[int, GradientProduct] = {}
+
+    def offer(self, products: Mapping[int, GradientProduct]) -> None:
+        """Tells which of the gradients of the next step are products, by index of the kernel."""
+        self._offered = products
 
     def take(
         self,
@@ -66,7 +73,8 @@ class Update:
         settings = self._settings
         rows = self._rows_looked_up(variables, gradients) if clipped is gradients else {}
         summed = _summed(variables, clipped, rows)
-        directions = directions_of(self._curvature, summed, rows)
+        products = self._products_of(gradients, clipped)
+        directions = directions_of(self._curvature, summed, rows, products)
         clipped_slope = slope = directions.slope(summed)
         whole = summed if clipped is gradients else _summed(variables, gradients, rows)
         if clipped is not gradients and settings.polyak_scaling is not None:
@@ -83,7 +91,7 @@ class Update:
         usable = all_finite([clipped_slope, *whole.values(), *values.values(), *squares])
         learning_rate = tf.cast(learning_rate, tf.float32)
 
-        def update() -> bool:
+        def update() -> None:
             rates: dict[int, tf.Tensor] = {}
             share = tf.ones(())
             if directions:
@@ -119,13 +127,24 @@ class Update:
                 changes.append(change)
             if settings.watched_steps is not None:
                 settings.watched_steps.observe(share, list(parts.values()), changes)
-            return True
 
-        def skip() -> bool:
-            settings.skipped_steps.assign_add(1)
-            return False
+        run_if(usable, update)
+        settings.skipped_steps.assign_add(tf.cast(~usable, tf.int64))
 
-        tf.cond(usable, update, skip)
+    def _products_of(
+        self, gradients: Sequence[Any], clipped: Sequence[Any]
+    ) -> dict[int, GradientProduct]:
+        """What was offered and is still what the step goes along."""
+        offered, self._offered = self._offered, {}
+        if clipped is not gradients or current_placement().count > 1:
+            return {}
+        # Keras may have scaled, accumulated or replaced gradients since.
+        here = {id(gradient) for gradient in gradients}
+        return {
+            index: product
+            for index, product in offered.items()
+            if all(id(gradient) in here for gradient in product.gradients)
+        }
 
     def _rows_looked_up(
         self, variables: Mapping[int, Any], gradients: Sequence[Any]

@@ -206,7 +206,7 @@ def test_wide_layers_train_in_parts_and_are_told_with_figures(caplog):
     model = wide_model()
     optimizer = keras_kfc.KFC(max_factor_dim=30, seed=1)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy")
-    with caplog.at_level(logging.WARNING, "keras_kfc"):
+    with caplog.at_level(logging.INFO, "keras_kfc"):
         history = model.fit(images, labels, epochs=10, batch_size=64, verbose=0)
     assert history.history["loss"][-1] < 0.7 * history.history["loss"][0]
     shapes = {block.path.split("/")[-1]: block.omega.shape for block in optimizer.blocks}
@@ -228,7 +228,8 @@ def test_a_limit_that_no_factor_reaches_changes_nothing(caplog):
             optimizer=keras_kfc.KFC(max_factor_dim=limit, seed=1),
             loss="sparse_categorical_crossentropy",
         )
-        model.fit(images, np.arange(32) % 3, epochs=4, batch_size=32, verbose=0)
+        with caplog.at_level(logging.INFO, "keras_kfc"):
+            model.fit(images, np.arange(32) % 3, epochs=4, batch_size=32, verbose=0)
         weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
     np.testing.assert_allclose(weights[1], weights[0], atol=1e-6)
     assert "diagonal blocks" not in caplog.text
