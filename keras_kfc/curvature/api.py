@@ -183,8 +183,10 @@ class Curvature(Protocol):
     ) -> tf.Tensor:
         """Moves all factors towards those of a batch; returns how many blocks refused."""
 
-    def refresh(self, damping: tf.Tensor, relative: bool) -> tf.Tensor:
-        """Inverts all factors anew; returns how many blocks kept their old inverses."""
+    def refresh(
+        self, damping: tf.Tensor, relative: bool, blocks: Sequence[CurvatureBlock] | None = None
+    ) -> tf.Tensor:
+        """Inverts factors anew, of some blocks or all; returns how many kept their inverses."""
 
     @property
     def tables(self) -> frozenset[int]:

@@ -128,27 +128,35 @@ class BlockDiagonal:
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
-    def average_over_replicas(self) -> None:
-        """Gives all replicas the same factors; in cross-replica context."""
-        for block in self.blocks:
+    def average_over_replicas(self, blocks: Sequence[CurvatureBlock] | None = None) -> None:
+        """Gives all replicas the same factors, of some blocks or all; in cross-replica context."""
+        for block in self.blocks if blocks is None else blocks:
             block.average_over_replicas()
 
-    def missing_inverses(self) -> tf.Tensor:
-        """Whether any block has factors but no inverses yet, a boolean scalar."""
-        return any_of([block.has_data() & tf.equal(block.has_inverses, 0) for block in self.blocks])
+    def missing_inverses(self, blocks: Sequence[CurvatureBlock]) -> tf.Tensor:
+        """Whether any of some blocks has factors but no inverses yet, a boolean scalar."""
+        return any_of([block.has_data() & tf.equal(block.has_inverses, 0) for block in blocks])
 
-    def refresh(self, damping: tf.Tensor, relative: bool) -> tf.Tensor:
-        """Inverts all factors anew.
+    def refresh(
+        self, damping: tf.Tensor, relative: bool, blocks: Sequence[CurvatureBlock] | None = None
+    ) -> tf.Tensor:
+        """Inverts factors anew.
 
         Args:
             damping: Damping, a scalar.
-            relative: Whether it is in units of each block's mean eigenvalue.
+            relative: Whether it is in units of each block's mean eigenvalue; a block without one
+                gets that of the blocks together.
+            blocks: The blocks, or None for all.
 
         Returns:
             Number of blocks that kept their old inverses because the new ones
             were not finite.
         """
-        refreshes = [STRUCTURES[name].refresh(own) for name, own in self._members.items()]
+        members = {
+            name: [block for block in own if blocks is None or block in blocks]
+            for name, own in self._members.items()
+        }
+        refreshes = [STRUCTURES[name].refresh(own) for name, own in members.items() if own]
         network_mean = None
         if relative:
             dtype = max((r.trace.dtype for r in refreshes), key=lambda dtype: dtype.size)

@@ -1,10 +1,14 @@
 """Takes in forward passes: losses for the step size, statistics for the curvature."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from keras_kfc.curvature.api import CurvatureBlock
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
+from keras_kfc.curvature.turns import turns
 from keras_kfc.losses.derivatives import output_derivatives
 from keras_kfc.losses.lowest import loss_lower_bound
 from keras_kfc.losses.terms import loss_terms
@@ -117,18 +121,22 @@ class Measuring:
         )
 
     def refresh_inverses(self) -> None:
-        """Inverts all factors anew if that is due; in cross-replica context."""
-        curvature, settings = self._curvature, self._settings
-        if not curvature.blocks:
-            return
+        """Inverts the factors anew that are due; in cross-replica context."""
+        curvature, period = self._curvature, self._settings.inverse_update_period
+        groups = turns(curvature.blocks, max(1, period - 1)) if curvature.blocks else []
+        for number, blocks in enumerate(groups):
+            # Those whose turn is later start after a step that renews factors.
+            due = self._is_due(period, number + 1 if len(groups) > 1 else 0)
+            run_if(
+                due | curvature.missing_inverses(blocks),
+                functools.partial(self._refresh, blocks),
+            )
 
-        def refresh() -> None:
-            curvature.average_over_replicas()
-            refused = curvature.refresh(self._damping.damping(), self._damping.relative)
-            settings.rejected_inverse_updates.assign_add(tf.cast(refused, tf.int64))
-
-        due = self._is_due(settings.inverse_update_period)
-        run_if(due | curvature.missing_inverses(), refresh)
+    def _refresh(self, blocks: Sequence[CurvatureBlock]) -> None:
+        self._curvature.average_over_replicas(blocks)
+        damping, relative = self._damping.damping(), self._damping.relative
+        refused = self._curvature.refresh(damping, relative, blocks)
+        self._settings.rejected_inverse_updates.assign_add(tf.cast(refused, tf.int64))
 
     def _can_use(self, capture: Capture) -> bool:
         if not self._curvature.blocks_in(capture):
@@ -158,9 +166,10 @@ class Measuring:
         due = self._is_due(settings.curvature_update_period)
         run_if(due | curvature.missing_factors(capture), update)
 
-    def _is_due(self, period: int) -> tf.Tensor:
+    def _is_due(self, period: int, turn: int = 0) -> tf.Tensor:
         settings = self._settings
-        return is_update_step(settings.iterations, period, settings.curvature_update_period)
+        factor_period = settings.curvature_update_period
+        return is_update_step(settings.iterations, period, factor_period, turn)
 
     def _step_seed(self) -> tf.Tensor:
         """Two integers for the random numbers of this step."""

@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 
-def is_update_step(step: Any, period: int, factor_period: int) -> tf.Tensor:
+def is_update_step(step: Any, period: int, factor_period: int, turn: int = 0) -> tf.Tensor:
     """Whether something with a period is due, a boolean scalar.
 
     Curvature changes fast at the start. Old inverses then let steps through that
@@ -17,11 +17,13 @@ def is_update_step(step: Any, period: int, factor_period: int) -> tf.Tensor:
         step: Number of steps taken, a scalar.
         period: The period, in steps.
         factor_period: That of the factors; see `growing_periods`.
+        turn: In which step of each period, once nothing is due more often than that.
     """
     step = tf.cast(step, tf.int64)
     periods = tf.constant(growing_periods(period, factor_period), tf.int64)
     now = tf.reduce_max(tf.where(step >= 4 * periods, periods, 1))
-    return tf.equal(step % now, 0)
+    own = tf.constant(turn % period, tf.int64)
+    return tf.equal(step % now, tf.where(tf.equal(now, period), own, 0))
 
 
 def growing_periods(period: int, factor_period: int) -> list[int]:

@@ -30,8 +30,8 @@ def run_if(condition: tf.Tensor, branch: Callable[[], None]) -> None:
     inputs = traced.captured_inputs
     signature = [tf.TensorSpec.from_tensor(tensor) for tensor in inputs]
 
-    def nothing(*_: tf.Tensor) -> None:
-        return None
+    def nothing(*unused: tf.Tensor) -> None:
+        del unused
 
     otherwise = tf.function(nothing, autograph=False).get_concrete_function(*signature)
     tf.raw_ops.If(cond=condition, input=inputs, Tout=[], then_branch=traced, else_branch=otherwise)
