@@ -7,13 +7,56 @@ convolution: a position is one of the output, and what it sees is mostly zeros.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.conv1d import Conv1DMap
 from keras_kfc.maps.conv3d import Conv3DMap
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """The pixels that outputs of a transposed convolution see along one axis.
+
+    Args:
+        phases: For each tap, the number modulo the stride of the outputs that see pixels by it.
+        offsets: The pixel that it shows, less the number of the output over the stride.
+        more: How many more outputs a phase has than there are pixels.
+    """
+
+    phases: Sequence[int]
+    offsets: Sequence[int]
+    more: int
+
+    @property
+    def size(self) -> int:
+        """Pixels of a window."""
+        return max(self.offsets) - min(self.offsets) + 1
+
+    @property
+    def places(self) -> list[int]:
+        """Place of each tap's pixel in the window."""
+        return [offset - min(self.offsets) for offset in self.offsets]
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """Pixels to add before and after, where negative to leave out."""
+        return -min(self.offsets), max(self.offsets) + self.more
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zeros to add."""
+        return max(self._ends[0], 0), max(self._ends[1], 0)
+
+    def cut(self, images: tf.Tensor, axis: int) -> tf.Tensor:
+        """Leaves out pixels that no output sees."""
+        first, last = (max(-end, 0) for end in self._ends)
+        places = slice(first, -last if last else None)
+        return images[(slice(None),) * axis + (places,)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +89,14 @@ class ConvTransposeMap:
     @functools.cached_property
     def _convolution(self) -> Any:
         """The convolution with stride 1 over the spread and padded input, channels last."""
+        return self._convolution_of(self.kernel_size, self.dilation_rate)
+
+    def _convolution_of(self, kernel: tuple[int, ...], rate: tuple[int, ...]) -> Any:
         sizes = (self.inputs, self.outputs)
-        if len(self.kernel_size) == 1:
-            rate = self.dilation_rate[0]
-            return Conv1DMap(self.kernel_size[0], *sizes, dilation_rate=rate)
-        kind: Any = Conv2DMap if len(self.kernel_size) == 2 else Conv3DMap
-        return kind(self.kernel_size, *sizes, dilation_rate=self.dilation_rate)
+        if len(kernel) == 1:
+            return Conv1DMap(kernel[0], *sizes, dilation_rate=rate[0])
+        kind: Any = Conv2DMap if len(kernel) == 2 else Conv3DMap
+        return kind(kernel, *sizes, dilation_rate=rate)
 
     def _channels_last(self, tensor: tf.Tensor) -> tf.Tensor:
         if self.data_format == "channels_last":
@@ -95,7 +140,55 @@ class ConvTransposeMap:
 
     def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
         """Sums of `p pᵀ` and `p` over examples and positions, `(P, K, K)` and `(P, K)`."""
-        return self._convolution.input_moments(self._spread(inputs), parts)
+        windows = [self._window_of(axis) for axis in range(len(self.kernel_size))]
+        known = [window for window in windows if window is not None]
+        if len(known) < len(windows) or max(self.strides) == 1:
+            return self._convolution.input_moments(self._spread(inputs), parts)
+        return self._moments_of_windows(inputs, known, parts)
+
+    def _window_of(self, axis: int) -> "_Window | None":
+        """What an output sees of the input itself along an axis, if all see as much."""
+        stride, taps = self.strides[axis], self.kernel_size[axis]
+        before, after = self._padding_of(axis)
+        # Outputs of n inputs: (n - 1) * stride + 1, with the padding, less the kernel.
+        more = before + after - (taps - 1) * self.dilation_rate[axis] + 1
+        if more % stride or self.dilation_rate[axis] > 1:
+            return None
+        phases = [(before - tap) % stride for tap in range(taps)]
+        offsets = [(phase + tap - before) // stride for tap, phase in enumerate(phases)]
+        return _Window(phases, offsets, more // stride - 1)
+
+    def _moments_of_windows(
+        self, inputs: tf.Tensor, windows: Sequence["_Window"], parts: int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sums without the zeros between pixels, of which a patch mostly consists.
+
+        Each tap sees pixels in outputs of one phase alone, those whose number modulo the stride is
+        a certain one, at a fixed distance. So what a tap adds to the sums is an entry of the
+        sums over windows of the input, and two taps of different phases have nothing in common.
+        """
+        images = self._channels_last(inputs)
+        images = tf.pad(images, [[0, 0], *(w.padding for w in windows), [0, 0]])
+        for axis, window in enumerate(windows):
+            images = window.cut(images, axis + 1)
+        sizes = tuple(window.size for window in windows)
+        convolution = self._convolution_of(sizes, (1,) * len(sizes))
+        moment, total = convolution.input_moments(images, parts)
+        places = np.ravel_multi_index(
+            np.meshgrid(*(w.places for w in windows), indexing="ij"), sizes
+        )
+        numbers = np.meshgrid(*(w.phases for w in windows), indexing="ij")
+        phases = np.stack([number.ravel() for number in numbers], axis=1)
+        alike = (phases[:, None] == phases[None]).all(axis=-1)
+        count, channels = moment.shape[0], moment.shape[-1] // int(np.prod(sizes))
+        shape = (count, int(np.prod(sizes)), channels)
+        moment = tf.reshape(moment, (*shape, *shape[1:]))
+        for axis in (1, 3):
+            moment = tf.gather(moment, places.ravel(), axis=axis)
+        moment *= tf.cast(alike[:, None, :, None], moment.dtype)
+        rows = places.size * channels
+        total = tf.gather(tf.reshape(total, shape), places.ravel(), axis=1)
+        return tf.reshape(moment, (count, rows, rows)), tf.reshape(total, (count, rows))
 
     def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """What each output position sees, `(1, positions of all examples, K)`."""
