@@ -73,9 +73,6 @@ class CurvatureBlock(Protocol):
     ) -> tf.Tensor:
         """Moves the averages towards the moments of a batch; returns whether it was refused."""
 
-    def has_data(self) -> tf.Tensor:
-        """Whether the factors hold anything on any replica, a boolean scalar."""
-
     def average_over_replicas(self) -> None:
         """Gives all replicas the same factors; in cross-replica context."""
 

@@ -103,10 +103,6 @@ class AveragedBlock:
             for part in parts
         ]
 
-    def has_data(self) -> tf.Tensor:
-        """Whether the factors hold anything on any replica, a boolean scalar."""
-        return any_of([weight > 0 for weight in current_placement().copies(self.ema_weight)])
-
     def average_over_replicas(self) -> None:
         """Gives all replicas the average of their factors; in cross-replica context.
 
@@ -138,8 +134,3 @@ class AveragedBlock:
             tf.where(usable, tf.ones((), self.has_inverses.dtype), self.has_inverses)
         )
         return has_data & ~usable
-
-
-def any_of(conditions: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Whether any of some boolean scalars is true, a boolean scalar."""
-    return conditions[0] if len(conditions) == 1 else tf.reduce_any(tf.stack(conditions))

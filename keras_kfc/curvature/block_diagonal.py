@@ -8,7 +8,6 @@ import keras
 import tensorflow as tf
 
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout, BlockOfRows, CurvatureBlock
-from keras_kfc.curvature.averaging import any_of
 from keras_kfc.curvature.choice import planned_blocks
 from keras_kfc.curvature.products import directions_by_rows
 from keras_kfc.layers.instrumented import layer_of_kernel
@@ -16,6 +15,7 @@ from keras_kfc.linalg.precision import factor_dtype
 from keras_kfc.passes.capture import Capture
 from keras_kfc.passes.products import GradientProduct
 from keras_kfc.passes.statistics import BatchStatistics
+from keras_kfc.placement.current import current_placement
 
 _logger = logging.getLogger("keras_kfc")
 
@@ -107,7 +107,7 @@ class BlockDiagonal:
     def missing_factors(self, capture: Capture) -> tf.Tensor:
         """Whether any block of a captured layer has no factors yet, a boolean scalar."""
         blocks = self.blocks_in(capture).values()
-        return any_of([tf.equal(block.ema_weight, 0) for block in blocks])
+        return tf.reduce_any(tf.equal(_stacked([block.ema_weight for block in blocks]), 0))
 
     def update(
         self, statistics: BatchStatistics, examples: tf.Tensor, decay: tf.Tensor
@@ -135,7 +135,13 @@ class BlockDiagonal:
 
     def missing_inverses(self, blocks: Sequence[CurvatureBlock]) -> tf.Tensor:
         """Whether any of some blocks has factors but no inverses yet, a boolean scalar."""
-        return any_of([block.has_data() & tf.equal(block.has_inverses, 0) for block in blocks])
+        copies = zip(
+            *(current_placement().copies(block.ema_weight) for block in blocks), strict=True
+        )
+        # Of a block, any replica's.
+        weights = tf.add_n([_stacked(weights) for weights in copies])
+        without = tf.equal(_stacked([block.has_inverses for block in blocks]), 0)
+        return tf.reduce_any((weights > 0) & without)
 
     def refresh(
         self, damping: tf.Tensor, relative: bool, blocks: Sequence[CurvatureBlock] | None = None
@@ -258,6 +264,14 @@ class BlockDiagonal:
         if bias is None and block.bias_index is not None:
             bias = tf.zeros((linear_map.outputs,), dtype)
         return tf.cast(kernel, dtype), None if bias is None else tf.cast(bias, dtype)
+
+
+def _stacked(scalars: Sequence[Any]) -> tf.Tensor:
+    """Scalars as one tensor, `(N,)`, float64 if dtypes differ."""
+    tensors = [tf.convert_to_tensor(scalar) for scalar in scalars]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tf.cast(tensor, tf.float64) for tensor in tensors]
+    return tf.stack(tensors)
 
 
 def _tell_compromises(blocks: Sequence[CurvatureBlock], max_factor_dim: int | None) -> None:

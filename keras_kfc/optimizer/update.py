@@ -87,8 +87,12 @@ class Update:
         values = {index: part.values for index, part in rows.items()}
         parts = {**summed, **values}
         squares = [tf.square(g) for i, g in parts.items() if i not in directions]
-        # Clipping by value would hide an infinity.
-        usable = all_finite([clipped_slope, *whole.values(), *values.values(), *squares])
+        # What is not finite in a gradient makes its product with its direction so. Clipping by
+        # value would hide an infinity.
+        hidden = (i for i in whole if clipped is not gradients or i not in directions)
+        usable = all_finite(
+            [clipped_slope, *(whole[i] for i in hidden), *values.values(), *squares]
+        )
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update() -> None:
@@ -99,6 +103,8 @@ class Update:
             noise = self._progress.noise_share(slope)
             corrections = bias_corrections(settings.iterations + 1)
             fallback_rate = settings.adam_lr_ratio * learning_rate
+            # Steps have the units of the curvature where a lowest loss is known.
+            natural = self._progress.measured_from_lowest
             changes = []
             for index, variable in variables.items():
                 used = rows.get(index)
@@ -117,7 +123,7 @@ class Update:
                         index, variable, gradient, corrections, fallback_rate, used
                     )
                 if self._decays(variable):
-                    rate = self._decay_rate(rates.get(index), noise, fallback_rate)
+                    rate = self._decay_rate(rates.get(index), noise, fallback_rate, natural)
                     change -= tf.cast(settings.weight_decay * rate, variable.dtype) * (
                         variable if used is None else used.rows_of(variable)
                     )
@@ -166,20 +172,23 @@ class Update:
         matrix = settings.weight_decay is not None and len(variable.shape) >= 2
         return matrix and settings.may_decay(variable)
 
-    def _decay_rate(self, rate: Any, noise: tf.Tensor, fallback_rate: tf.Tensor) -> tf.Tensor:
+    def _decay_rate(
+        self, rate: Any, noise: tf.Tensor, fallback_rate: tf.Tensor, natural: tf.Tensor
+    ) -> tf.Tensor:
         """What the weight decay is multiplied by for one variable.
 
         Args:
             rate: The variable's `α_b`, or None without a block.
             noise: Share of noise in the gradient.
             fallback_rate: Learning rate of the fallback rule.
+            natural: Whether steps have the units of the curvature.
         """
         plain = _PLAIN_DECAY * fallback_rate
         if rate is None:
             return plain
-        # Steps have the units of the curvature where a lowest loss is known.
-        natural = rate * noise / (1 - self._settings.momentum)
-        return tf.where(self._progress.measured_from_lowest, natural, plain)
+        # Rates have no bound where gradients vanish. One is all of the way to a minimum.
+        rate = tf.minimum(rate / (1 - self._settings.momentum), 1.0)
+        return tf.where(natural, rate * noise, plain)
 
     def _rates(
         self,
@@ -220,7 +229,8 @@ class Update:
         rates, longest = self._rule.rates(query), self._rule.longest(query)
         of_kernels = list(members)
         share = tf.math.divide_no_nan(tf.gather(rates, of_kernels), tf.gather(longest, of_kernels))
-        by_variable = {i: rates[kernel] for kernel, own in members.items() for i in own}
+        apart = tf.unstack(rates, len(self._momentums))
+        by_variable = {i: apart[kernel] for kernel, own in members.items() for i in own}
         return by_variable, tf.reduce_mean(share)
 
 

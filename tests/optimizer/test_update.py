@@ -74,7 +74,11 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, 
 
 @pytest.mark.parametrize("decay", [pytest.param(None, marks=pytest.mark.slow), 0.02])
 def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
-    """A regression without noise ends at its solution, also along inputs that hardly vary."""
+    """A regression without noise stays at its solution, also along inputs that hardly vary.
+
+    Gradients vanish there, so that rates have no bound but that of the decay: without it, or
+    where gradients count as noise, weights are off by 0.33 and 0.06 at one time or another.
+    """
     keras.config.set_floatx("float64")
     rng = np.random.default_rng(4)
     x, solution = rng.normal(size=(64, 3)) * [1, 1, 0.1], rng.normal(size=(4, 2))
@@ -82,10 +86,12 @@ def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
     model = keras.Sequential([keras.Input((3,)), keras_kfc.layers.Dense(2)])
     model.compile(keras_kfc.KFC(weight_decay=decay, seed=3), "mse")
     # A batch is all of the data.
-    batches = tf.data.Dataset.from_tensors((x, x @ solution[:3] + solution[3])).repeat(1500)
-    model.fit(batches, verbose=0)
-    weights = np.vstack([model.get_weights()[0], model.get_weights()[1][None]])
-    np.testing.assert_allclose(weights, solution, atol=1e-2)
+    batches = tf.data.Dataset.from_tensors((x, x @ solution[:3] + solution[3])).repeat(100)
+    for hundred in range(15):
+        model.fit(batches, verbose=0)
+        weights = np.vstack([model.get_weights()[0], model.get_weights()[1][None]])
+        if hundred >= 4:
+            np.testing.assert_allclose(weights, solution, atol=2e-2)
 
 
 @pytest.mark.slow
