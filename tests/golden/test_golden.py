@@ -50,6 +50,7 @@ def test_weights_are_the_stored_ones(name):
         np.testing.assert_allclose(value, stored[key], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_another_training_would_show():
     stored = np.load(trajectories.FOLDER / "custom_loss.npz")
     start = trajectories.weights_after_training("custom_loss", steps=9)

@@ -114,6 +114,7 @@ def test_strip_undoes_instrument(name):
         assert not hasattr(variable, "kronecker_layer")
 
 
+@pytest.mark.slow
 def test_instrument_is_idempotent():
     model = keras_kfc.instrument(conv_net(layers))
     state = [(type(layer), dict(vars(layer))) for layer in model._flatten_layers()]
@@ -125,6 +126,7 @@ def test_instrument_is_idempotent():
     np.testing.assert_array_equal(flat_weights(again), flat_weights(model))
 
 
+@pytest.mark.slow
 def test_strip_of_a_trained_model_goes_on_with_another_optimizer():
     model = conv_net()
     train(model, keras_kfc.KFC(), steps=2)

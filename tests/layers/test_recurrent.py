@@ -227,6 +227,7 @@ def test_a_layer_inside_time_distributed_has_the_block_of_all_steps():
     assert relative_error(block.omega[0], rows.T @ rows / B) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_train_step_that_hides_its_loss_gets_the_empirical_factors(caplog):
     """Ordinary backward passes come by the probes, too: the layer keeps its blocks."""
 

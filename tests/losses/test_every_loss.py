@@ -182,6 +182,7 @@ def test_what_depends_on_the_whole_batch_has_the_empirical_fisher(loss):
     assert relative_error(exact, empirical) < 1e-4
 
 
+@pytest.mark.slow
 def test_other_outputs_keep_their_fisher_matrix(caplog):
     keras.utils.set_random_seed(1)
     inputs = keras.Input((5,))

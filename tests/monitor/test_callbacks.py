@@ -44,6 +44,7 @@ class Steps(keras.callbacks.Callback):
         return np.concatenate([v.numpy().ravel() for v in self.model.trainable_variables])
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing():
     plain, watched = compiled(), compiled()
     fit(plain)

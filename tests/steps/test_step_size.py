@@ -113,7 +113,8 @@ def test_a_schedule_scales_steps_that_are_below_the_bound():
     np.testing.assert_allclose(tenth, 0.1 * whole, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_schedule_changes_the_outcome(momentum):
     """Noisy targets: a cosine takes out the noise that constant steps leave."""
     rng = np.random.default_rng(7)

@@ -127,6 +127,7 @@ def test_the_ordinary_backward_pass_is_unscaled(policy, scale, tolerance):
     assert relative_error(block.gamma[0], naive_gamma(residual[:, None, :])) < tolerance
 
 
+@pytest.mark.slow
 def test_a_constant_loss_scale_factor_is_divided_out():
     expected, scaled = (KFC(fisher="empirical", loss_scale_factor=f) for f in (None, 2.0**10))
     for optimizer in (expected, scaled):

@@ -194,6 +194,7 @@ def test_gaps_between_updates_grow_to_the_period():
     assert growing_periods(5, 7) == [1, 2, 4, 5]
 
 
+@pytest.mark.slow
 def test_first_estimate_is_the_first_batch():
     """No initial value leaks into the moving average, which is bias-corrected."""
     model, optimizer = (
