@@ -16,10 +16,12 @@ from keras_kfc.linalg.stacks import invert_blocks
 
 
 def run_python(program, *arguments):
-    """Runs a program in a process of its own, which can import the modules beside this one."""
+    """Runs a program in a process of its own, which can import all modules of the tests."""
+    tests = pathlib.Path(__file__).parent
+    folders = (str(folder) for folder in tests.iterdir() if folder.is_dir())
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *folders])},
         capture_output=True,
         text=True,
     )

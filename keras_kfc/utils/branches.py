@@ -11,14 +11,14 @@ def run_if(condition: tf.Tensor, branch: Callable[[], None]) -> None:
     `tf.cond` marks its branches to be taken apart into the main graph, in which each of their
     operations waits for a switch. Of a deep network's statistics and inverses these are ten
     thousand, and TensorFlow's work on them takes longer than all tracing. Here the branch stays
-    a function. On a GPU all of `tf.cond`'s operations may choose their device, a function's
-    may not, so that there it is `tf.cond`.
+    a function. All operations of a function run on one device, those of `tf.cond` on any, so that
+    it is `tf.cond` where there are several: a GPU, or replicas.
 
     Args:
         condition: A boolean scalar.
         branch: The function. In a graph it is traced once.
     """
-    if tf.executing_eagerly() or tf.config.list_logical_devices("GPU"):
+    if tf.executing_eagerly() or len(tf.config.list_logical_devices()) > 1:
 
         def taken() -> bool:
             branch()
