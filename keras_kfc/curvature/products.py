@@ -58,9 +58,7 @@ def directions_by_rows(
         if isinstance(block, BlockOfProducts) and block.kernel_index in products
     ]
     limits = {block.kernel_index: _most_examples(block, product) for block, product in pairs}
-    known = [p.batch_size for _, p in pairs if p.batch_size is not None]
-    fewest = max(known, default=_FEWEST)
-    chosen = [(block, p) for block, p in pairs if limits[block.kernel_index] >= fewest]
+    chosen = [(b, p) for b, p in pairs if limits[b.kernel_index] >= (p.batch_size or _FEWEST)]
     if not chosen:
         return {}
 
@@ -70,7 +68,7 @@ def directions_by_rows(
             for block, product in chosen
         ]
 
-    if known:
+    if all(product.batch_size is not None for _, product in chosen):
         results = by_rows()
     else:
         # One branch for all: what they take together decides.
