@@ -1,7 +1,7 @@
 """Preconditioned gradients of all variables with a block, and what the step size asks of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -32,14 +32,17 @@ class Directions:
     def __len__(self) -> int:
         return len(self.of)
 
-    def slope(self, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
-        """`g · d` over all variables, a float32 scalar.
+    def slope(self, gradients: Mapping[int, tf.Tensor], among: Container[int]) -> tf.Tensor:
+        """`g · d` over some variables, a float32 scalar.
 
         Args:
             gradients: The gradients `g` that are not given by rows.
+            among: Indices of the variables.
         """
         parts = [tf.zeros(())]
         for index, direction in self.of.items():
+            if index not in among:
+                continue
             rows = self.rows.get(index)
             own = gradients[index] if rows is None else rows.of_first_uses(rows.values)
             product = tf.reduce_sum(tf.cast(own, direction.dtype) * direction)

@@ -51,7 +51,7 @@ def parts_of(optimizer: Any, variables: list[Any], left_out: Set[int]) -> Parts:
     for block in curvature.blocks:
         variables[block.kernel_index].kronecker_optimizer_ref = weakref.ref(optimizer)
     progress, polyak_steps = optimizer.progress, optimizer.polyak_steps
-    polyak_steps.build(optimizer.add_variable, len(variables))
+    polyak_steps.build(optimizer.add_variable, len(variables), bool(curvature.tables))
     momentums = tuple(optimizer.add_optimizer_variables(variables, "momentum"))
     second_moments = tuple(
         None

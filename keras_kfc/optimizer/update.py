@@ -75,14 +75,15 @@ class Update:
         summed = _summed(variables, clipped, rows)
         products = self._products_of(gradients, clipped)
         directions = directions_of(self._curvature, summed, rows, products)
-        clipped_slope = slope = directions.slope(summed)
+        slopes = clipped_slopes = _slopes(directions, summed)
         whole = summed if clipped is gradients else _summed(variables, gradients, rows)
         if clipped is not gradients and settings.polyak_scaling is not None:
             # Clipping makes a step shorter. The smaller promise of a clipped gradient would
             # make it longer.
-            slope = directions_of(self._curvature, whole, {}).slope(whole)
+            slopes = _slopes(directions_of(self._curvature, whole, {}), whole)
             # Clipping is there for gradients whose squares overflow.
-            slope = tf.where(tf.math.is_finite(slope), slope, clipped_slope)
+            slopes = tf.where(tf.math.is_finite(slopes), slopes, clipped_slopes)
+        clipped_slope = tf.reduce_sum(clipped_slopes)
         # The fallback rule keeps squares, which may overflow where the gradient does not.
         values = {index: part.values for index, part in rows.items()}
         parts = {**summed, **values}
@@ -99,8 +100,8 @@ class Update:
             rates: dict[int, tf.Tensor] = {}
             share = tf.ones(())
             if directions:
-                rates, share = self._rates(learning_rate, clipped_slope, slope, directions)
-            noise = self._progress.noise_share(slope)
+                rates, share = self._rates(learning_rate, clipped_slope, slopes, directions)
+            noise = self._progress.noise_share(tf.reduce_sum(slopes))
             corrections = bias_corrections(settings.iterations + 1)
             fallback_rate = settings.adam_lr_ratio * learning_rate
             # Steps have the units of the curvature where a lowest loss is known.
@@ -194,7 +195,7 @@ class Update:
         self,
         learning_rate: tf.Tensor,
         clipped_slope: tf.Tensor,
-        slope: tf.Tensor,
+        slopes: tf.Tensor,
         directions: Directions,
     ) -> tuple[dict[int, tf.Tensor], tf.Tensor]:
         """What to multiply directions by, by index; and the mean part of the longest step allowed.
@@ -202,7 +203,8 @@ class Update:
         Args:
             learning_rate: The learning rate.
             clipped_slope: `g · F⁻¹ g`, a scalar.
-            slope: The same before gradients were clipped.
+            slopes: The same before gradients were clipped, `(2,)`,
+                of all but tables and of tables.
             directions: Preconditioned gradients.
         """
         members = {
@@ -221,7 +223,8 @@ class Update:
             learning_rate=learning_rate,
             momentum=self._settings.momentum,
             scale=tf.constant(1.0) if polyak is None else tf.cast(polyak, tf.float32),
-            slope=slope,
+            slope=slopes[0],
+            table_slope=slopes[1],
             clipped_slope=clipped_slope,
             squares=squares,
             tables=tf.constant([i in directions.tables for i in range(len(self._momentums))]),
@@ -232,6 +235,13 @@ class Update:
         apart = tf.unstack(rates, len(self._momentums))
         by_variable = {i: apart[kernel] for kernel, own in members.items() for i in own}
         return by_variable, tf.reduce_mean(share)
+
+
+def _slopes(directions: Directions, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
+    """`g · F⁻¹ g` of all variables but tables, and of tables, `(2,)`."""
+    tables = directions.tables
+    others = [index for index in directions.of if index not in tables]
+    return tf.stack([directions.slope(gradients, among) for among in (others, tables)])
 
 
 def _summed(

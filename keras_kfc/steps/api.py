@@ -18,16 +18,19 @@ class StepQuery:
         learning_rate: `η`, a float32 scalar.
         momentum: `μ`.
         scale: `c`, what a rule's steps are multiplied by, a float32 scalar.
-        slope: `g · F⁻¹ g` of the gradient as it was before it was clipped, a float32 scalar.
-        clipped_slope: The same of the gradient that the step is along.
+        slope: `g · F⁻¹ g` of the gradient as it was before it was clipped, over all blocks but
+            tables of rows that are looked up, a float32 scalar.
+        table_slope: The same over these tables.
+        clipped_slope: The same over all blocks, of the gradient that the step is along.
         squares: Mean square of each block's direction, `(variables,)`, float32.
-        tables: Which blocks are tables of rows that are looked up, `(variables,)`, booleans.
+        tables: Which blocks are such tables, `(variables,)`, booleans.
     """
 
     learning_rate: tf.Tensor
     momentum: float
     scale: tf.Tensor
     slope: tf.Tensor
+    table_slope: tf.Tensor
     clipped_slope: tf.Tensor
     squares: tf.Tensor
     tables: tf.Tensor

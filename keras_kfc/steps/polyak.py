@@ -1,16 +1,17 @@
 """How far to go along the preconditioned gradient: one length for all layers, and a bound for each.
 
-With `d = F⁻¹ g` per block, `p = g·d` over all blocks, `μ` the momentum, `c` the scale of
+With `d = F⁻¹ g` per block, `p = g·d` over many blocks, `μ` the momentum, `c` the scale of
 the rule and `η` the learning rate, a block's step is `-α_b d_b`, where
 
-    r    = p / G                            G: the gap, see `keras_kfc.steps.loss_trend`
+    r    = p / G                            p: of all tables, or of all other blocks
+                                            G: the gap, see `keras_kfc.steps.loss_trend`
     r̄    = average of r                     over about 20 steps
     s    = η / (highest η so far)           what a schedule has taken off
     α    = c s (1 - μ) / r̄                  Polyak's step: c G is what it takes off the loss
     α_b  = min(α, b η (1 - μ) / rms(d_b))   no layer moves further than Adam would
 
-A table of rows that are looked up moves no less than `_TABLES` of the bound, with an average of
-`rms(d_b)` in the place of that of the batch, where the bound allows that.
+Tables of rows that are looked up have a ratio `r̄` of their own. A batch sees few of their rows, so
+most of what these promise is noise, which in a sum over all would shorten the steps of all.
 
 `b` is 1 where the lowest loss is known, and `_UNKNOWN` where it is not. There, in the first steps,
 and where the loss is never seen, `α_b` is `_BLIND` times the bound, with the same average, and yet
@@ -32,8 +33,6 @@ _DECAY, _START = 0.95, 5.0
 _UNKNOWN = 0.33
 # Part of the bound that a step takes where nothing is known of the loss.
 _BLIND = 0.2
-# Part of the bound that a table moves at least.
-_TABLES = 0.2
 # Steps after which the fall of a loss tells of its gap.
 _FIRST_STEPS = 20
 
@@ -52,15 +51,22 @@ class PolyakSteps:
         self._ratio_count = add_variable((), dtype="float32", name="slope_over_gap_count")
         self._highest_rate = add_variable((), dtype="float32", name="highest_learning_rate")
 
-    def build(self, add_variable: Callable[..., Any], variables: int) -> None:
+    def build(self, add_variable: Callable[..., Any], variables: int, tables: bool) -> None:
         """Makes what there is for each block; a block goes by the index of its kernel.
 
         Args:
             add_variable: Makes a variable of the optimizer.
             variables: Number of trainable variables.
+            tables: Whether one of them is a table.
         """
         self._squares = add_variable((variables,), dtype="float32", name="squared_length")
         self._squares_count = add_variable((), dtype="float32", name="squared_length_count")
+        self._of_tables: tuple[Any, Any] | None = None
+        if tables:
+            self._of_tables = (
+                add_variable((), dtype="float32", name="slope_over_gap_of_tables"),
+                add_variable((), dtype="float32", name="slope_over_gap_of_tables_count"),
+            )
 
     def rates(self, query: StepQuery) -> tf.Tensor:
         """Rates of all blocks, `(variables,)`; moves what is remembered."""
@@ -68,17 +74,17 @@ class PolyakSteps:
         self._highest_rate.assign(tf.maximum(self._highest_rate, learning_rate))
         scale = query.scale * tf.math.divide_no_nan(learning_rate, self._highest_rate.value)
         gap = progress.gap()
-        ratio = tf.math.divide_no_nan(tf.maximum(query.slope, 0.0), gap)
         # Averages of before this batch: a step that depended on its size would be biased.
-        ratio = _average(self._ratio, self._ratio_count, ratio, gap > 0)
+        ratio = _ratio(self._ratio, self._ratio_count, query.slope, gap)
+        if self._of_tables is not None:
+            of_tables = _ratio(*self._of_tables, query.table_slope, gap)
+            ratio = tf.where(query.tables, of_tables, ratio)
         usual = _average(self._squares, self._squares_count, query.squares, tf.constant(True))
         longest = learning_rate * (1 - query.momentum)
         polyak = (1 - query.momentum) * tf.math.divide_no_nan(scale, ratio)
         known = progress.lowest_known > 0
         bound = tf.math.divide_no_nan(longest, tf.sqrt(query.squares))
-        of_usual = scale * tf.math.divide_no_nan(longest, tf.sqrt(usual))
-        blind = _BLIND * of_usual
-        polyak = tf.where(query.tables, tf.maximum(polyak, _TABLES * of_usual), polyak)
+        blind = _BLIND * scale * tf.math.divide_no_nan(longest, tf.sqrt(usual))
         within = tf.minimum(polyak, tf.where(known, 1.0, _UNKNOWN) * bound)
         early = ~known & (progress.steps_seen <= _FIRST_STEPS)
         return tf.where(early | ~progress.seen, tf.minimum(blind, bound), within)
@@ -87,6 +93,12 @@ class PolyakSteps:
         """The bound, `η (1 - μ) / rms(d_b)`, `(variables,)`."""
         bound = query.learning_rate * (1 - query.momentum)
         return tf.math.divide_no_nan(bound, tf.sqrt(query.squares))
+
+
+def _ratio(average: Any, count: Any, slope: tf.Tensor, gap: tf.Tensor) -> tf.Tensor:
+    """Takes `p / G` of a batch into its average, and returns that of before."""
+    ratio = tf.math.divide_no_nan(tf.maximum(slope, 0.0), gap)
+    return _average(average, count, ratio, gap > 0)
 
 
 def _average(average: Any, count: Any, value: tf.Tensor, usable: tf.Tensor) -> tf.Tensor:

@@ -22,7 +22,7 @@ def polyak(known):
         for loss in (3.0, 2.5, 2.0):
             progress.observe(tf.constant(loss), tf.constant(known), 32.0)
     rule = PolyakSteps(add_variable, progress)
-    rule.build(add_variable, 4)
+    rule.build(add_variable, 4, tables=True)
     return rule, progress
 
 
@@ -38,13 +38,19 @@ RULES = {
 
 
 def query(
-    learning_rate=0.1, scale=1.0, slope=2.0, squares=(4.0, 0.0, 1e-4, 0.0), tables=(False,) * 4
+    learning_rate=0.1,
+    scale=1.0,
+    slope=2.0,
+    squares=(4.0, 0.0, 1e-4, 0.0),
+    tables=(False,) * 4,
+    table_slope=0.0,
 ):
     return StepQuery(
         learning_rate=tf.constant(learning_rate),
         momentum=0.9,
         scale=tf.constant(scale),
         slope=tf.convert_to_tensor(slope, tf.float32),
+        table_slope=tf.constant(table_slope),
         clipped_slope=tf.convert_to_tensor(0.5 * slope, tf.float32),
         squares=tf.constant(squares),
         tables=tf.constant(tables),
@@ -93,24 +99,20 @@ def test_a_trust_region_bounds_the_fisher_norm():
     np.testing.assert_allclose(rates**2 * 0.5 * 2.0, 1e-3 * excess, rtol=1e-5)
 
 
-def test_a_table_moves_a_fifth_of_the_bound_at_least():
-    """`0.2 c s η (1 - μ) / rms(d)`, whatever other layers do; the usual `rms(d)`, unless larger."""
-    tables = (True, False, False, False)
-    rule, _ = polyak(True)
-    # A large promise makes all steps short.
-    rates = rule.rates(query(slope=1e9, tables=tables)).numpy()
-    np.testing.assert_allclose(rates[0], 0.2 * 0.1 * (1 - 0.9) / 2.0, rtol=1e-6)
-    assert 0 < rates[2] < 1e-6 * rates[0]
-    # The batch's own length would make the mean step another than along the mean gradient.
-    rates = rule.rates(query(slope=1e9, scale=0.5, squares=(1.0, 0, 0, 0), tables=tables)).numpy()
-    np.testing.assert_allclose(rates[0], 0.5 * 0.2 * 0.1 * (1 - 0.9) / 2.0, rtol=1e-6)
+def test_tables_have_a_ratio_of_their_own():
+    """`c s (1 - μ) G / p` with the `p` of tables, whatever others promise, and the reverse."""
+    usual = {"squares": (1.0, 1.0, 1.0, 1.0), "learning_rate": 1e6}
+    asked = {"tables": (True, False, False, True), **usual}
+    rates = polyak(True)[0].rates(query(slope=4.0, table_slope=16.0, **asked)).numpy()
+    alone = polyak(True)[0].rates(query(slope=4.0, **usual)).numpy()
+    np.testing.assert_allclose(rates, alone * [0.25, 1, 1, 0.25], rtol=1e-6)
+    # Averages are apart, too.
+    rule = polyak(True)[0]
+    for table_slope in (1e9, 2.0, 2.0):
+        rates = rule.rates(query(slope=2.0, table_slope=table_slope, **asked)).numpy()
+    np.testing.assert_allclose(rates[1:3], polyak(True)[0].rates(query(**usual))[1:3], rtol=1e-6)
+    assert (rates[[0, 3]] < 1e-6 * rates[1]).all()
     # The bound of every layer is that of a table, too.
-    longest = rule.longest(query(squares=(1e6, 0, 0, 0)))[0]
-    rates = rule.rates(query(slope=1e9, squares=(1e6, 0, 0, 0), tables=tables)).numpy()
-    np.testing.assert_allclose(rates[0], longest, rtol=1e-6)
-    # Polyak's step, where that is longer.
-    far, near = polyak(True)[0], polyak(True)[0]
-    asked = {"slope": 0.01, "squares": (1.0, 0, 0, 0)}
-    np.testing.assert_array_equal(
-        far.rates(query(**asked, tables=tables)), near.rates(query(**asked))
-    )
+    asked["learning_rate"] = 1e-6
+    rates = polyak(True)[0].rates(query(table_slope=16.0, **asked)).numpy()
+    np.testing.assert_allclose(rates, 1e-6 * (1 - 0.9), rtol=1e-6)
