@@ -82,11 +82,11 @@ class AveragedBlock:
         usable = batch_is_finite & all_finite(list(moments))
         examples = tf.cast(examples, self.ema_weight.dtype)
         weight = tf.cast(decay, self.ema_weight.dtype) * self.ema_weight + examples
-        rate = tf.math.divide_no_nan(examples, weight)
-        # Selecting between numbers costs less than a branch of the graph for each block.
+        rate = tf.where(usable, tf.math.divide_no_nan(examples, weight), 0.0)
+        # A rate of 0 costs less than a branch of the graph for each block.
         for average, batch in zip(self._factors.values(), moments, strict=True):
-            change = rate * (tf.cast(batch, average.dtype) - average)
-            average.assign_add(tf.where(usable, change, 0.0))
+            change = tf.cast(batch, average.dtype) - average.value
+            average.value.assign_add(tf.math.multiply_no_nan(change, rate))
         self.ema_weight.assign(tf.where(usable, weight, self.ema_weight))
         return ~usable
 

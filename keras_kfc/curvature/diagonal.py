@@ -9,94 +9,42 @@ Several uses of a layer in one forward pass are taken to be uncorrelated, as the
 structure takes them.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
 from keras_kfc.linalg.precision import resolution
-from keras_kfc.maps.api import LinearMap, masked
+from keras_kfc.maps.api import LinearMap
 
 # Bytes of single examples' derivatives, and of what they are made of, that are held at a time.
 _SLICE_BYTES = 2**27
 
 
-@dataclasses.dataclass(frozen=True)
-class DiagonalLayout:
-    """What the diagonal of one layer's block is measured from.
-
-    Args:
-        linear_map: The layer's weights as a linear map.
-        use_bias: Whether they have a row for the bias.
-    """
-
-    linear_map: LinearMap
-    use_bias: bool
-    needs_inputs = True
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        groups = self.linear_map.groups
-        rows = self.linear_map.kernel_rows + self.use_bias
-        return (groups, rows, self.linear_map.outputs // groups)
+class DiagonalLayout(LayoutOfExamples):
+    """What the diagonal of one layer's block is measured from."""
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape of the diagonal, `(G, n, m)`."""
-        return {"diagonal": self._shape}
+        return {"diagonal": self.weights_shape}
 
     @property
     def inverse_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape of its damped inverse, likewise."""
-        return {"diagonal_inverse": self._shape}
+        return {"diagonal_inverse": self.weights_shape}
 
-    def from_inputs(
-        self,
-        inputs: Sequence[tf.Tensor],
-        batch_size: tf.Tensor,
-        masks: Sequence[tf.Tensor | None],
-    ) -> tuple[tf.Tensor, ...]:
-        """Nothing: inputs alone do not tell."""
-        del inputs, batch_size, masks
-        return ()
-
-    def from_pass(
-        self,
-        inputs: Sequence[tf.Tensor],
-        derivatives: Sequence[tf.Tensor],
-        batch_size: tf.Tensor,
-        masks: Sequence[tf.Tensor | None],
-    ) -> tuple[tf.Tensor, ...]:
-        """Mean over examples of the squared derivatives, `(G, n, m)`."""
-        total = tf.add_n(
-            [
-                self._sum_of_squares(a, masked(ds, mask))
-                for a, ds, mask in zip(inputs, derivatives, masks, strict=True)
-            ]
-        )
-        return (total / tf.cast(batch_size, total.dtype),)
-
-    def compromises(self, max_dim: int | None) -> list[str]:
-        """None: there is no matrix that could be too large."""
-        del max_dim
-        return []
-
-    def _rows(self, inputs: tf.Tensor) -> tf.Tensor:
-        """What each position sees, with a 1 for the bias, `(G, positions, n)`."""
-        rows = self.linear_map.input_rows(inputs)
-        if not self.use_bias:
-            return rows
-        return tf.concat((rows, tf.ones_like(rows[..., :1])), axis=2)
-
-    def _sum_of_squares(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+    def sum_over_examples(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
         """`Σ_b (Σ_t ā_bt Ds_btᵀ)²` of one use."""
         if len(inputs.shape) == 2:
             # One position for each example: the square of a product is the product of squares.
-            squares = (tf.square(self._rows(inputs)), tf.square(self._columns(derivatives)))
+            squares = (
+                tf.square(self.rows(inputs)),
+                tf.square(self.linear_map.derivative_rows(derivatives)),
+            )
             return tf.matmul(*squares, transpose_a=True)
         examples = tf.shape(inputs, tf.int64)[0]
         size = tf.maximum(tf.minimum(self._slice_size(inputs, derivatives), examples), 1)
@@ -112,9 +60,9 @@ class DiagonalLayout:
         all_inputs, all_derivatives = slices(inputs), slices(derivatives)
 
         def squares_of(number: tf.Tensor) -> tf.Tensor:
-            rows = self._rows(all_inputs[number])
-            columns = self._columns(all_derivatives[number])
-            shape = tf.stack([self._shape[0], size, -1])
+            rows = self.rows(all_inputs[number])
+            columns = self.linear_map.derivative_rows(all_derivatives[number])
+            shape = tf.stack([self.weights_shape[0], size, -1])
             rows, columns = (
                 tf.reshape(part, tf.concat((shape, tf.shape(part, tf.int64)[2:]), axis=0))
                 for part in (rows, columns)
@@ -127,14 +75,11 @@ class DiagonalLayout:
             (tf.ones((), tf.int64), squares_of(tf.zeros((), tf.int64))),
             parallel_iterations=1,
         )
-        return tf.ensure_shape(total, self._shape)
-
-    def _columns(self, derivatives: tf.Tensor) -> tf.Tensor:
-        return self.linear_map.derivative_rows(derivatives)
+        return tf.ensure_shape(total, self.weights_shape)
 
     def _slice_size(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
         """Number of examples whose derivatives are held at a time."""
-        groups, rows, columns = self._shape
+        groups, rows, columns = self.weights_shape
         examples = tf.maximum(tf.shape(inputs, tf.int64)[0], 1)
         positions = tf.size(derivatives, tf.int64) // (examples * groups * columns)
         numbers = groups * (rows * columns + positions * (rows + columns))
@@ -202,10 +147,10 @@ def _damped_inverse(
 
 
 @structure("diagonal")
-class Diagonal:
+class Diagonal(BlockStructure[DiagonalLayout]):
     """The diagonal of the Fisher matrix."""
 
-    for_any_map = True
+    block_type, refresh_type = DiagonalBlock, DiagonalRefresh
 
     def layout(
         self,
@@ -217,19 +162,3 @@ class Diagonal:
         """Two numbers for each weight, whatever the limit."""
         del max_dim, weight_sharing
         return DiagonalLayout(linear_map, use_bias)
-
-    def block(
-        self,
-        path: str,
-        layout: DiagonalLayout,
-        kernel: int,
-        bias: int | None,
-        dtype: str,
-        add_variable: Callable[..., keras.Variable],
-    ) -> DiagonalBlock:
-        """A `DiagonalBlock`."""
-        return DiagonalBlock(path, layout, kernel, bias, dtype, add_variable)
-
-    def refresh(self, blocks: Sequence[DiagonalBlock]) -> DiagonalRefresh:
-        """Inverses of all diagonals."""
-        return DiagonalRefresh(blocks)

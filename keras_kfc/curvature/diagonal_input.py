@@ -7,14 +7,14 @@ own gradient alone: rows that a batch did not use stay as they are.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.shared import TableStructure
 from keras_kfc.linalg.damping import block_damping
 from keras_kfc.linalg.inverse import damped_inverse
 from keras_kfc.linalg.precision import resolution
@@ -163,34 +163,8 @@ def inverses_of(
 
 
 @structure("diagonal_input")
-class DiagonalInput:
+class DiagonalInput(TableStructure[DiagonalInputLayout]):
     """A diagonal input factor and a whole output factor, for tables of rows alone."""
 
-    for_any_map = False
-
-    def layout(
-        self,
-        linear_map: EmbeddingMap,
-        use_bias: bool,
-        max_dim: int | None,
-        weight_sharing: str = "expand",
-    ) -> DiagonalInputLayout:
-        """The layout of a table."""
-        del use_bias, max_dim, weight_sharing
-        return DiagonalInputLayout(linear_map)
-
-    def block(
-        self,
-        path: str,
-        layout: DiagonalInputLayout,
-        kernel: int,
-        bias: int | None,
-        dtype: str,
-        add_variable: Callable[..., keras.Variable],
-    ) -> DiagonalInputBlock:
-        """A `DiagonalInputBlock`."""
-        return DiagonalInputBlock(path, layout, kernel, bias, dtype, add_variable)
-
-    def refresh(self, blocks: Sequence[DiagonalInputBlock]) -> DiagonalInputRefresh:
-        """Inverses of all tables."""
-        return DiagonalInputRefresh(blocks)
+    layout_type = DiagonalInputLayout
+    block_type, refresh_type = DiagonalInputBlock, DiagonalInputRefresh

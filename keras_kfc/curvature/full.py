@@ -9,38 +9,20 @@ the "unit-wise" block of Osawa et al. (2019, "Large-scale distributed second-ord
 using Kronecker-factored approximate curvature").
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
 from keras_kfc.linalg.inverse import damped_inverse
-from keras_kfc.maps.api import LinearMap, masked
+from keras_kfc.maps.api import LinearMap
 
 
-@dataclasses.dataclass(frozen=True)
-class FullLayout:
-    """What the Fisher matrices of one layer's groups are measured from.
-
-    Args:
-        linear_map: The layer's weights as a linear map.
-        use_bias: Whether they have a row for the bias.
-    """
-
-    linear_map: LinearMap
-    use_bias: bool
-    needs_inputs = True
-
-    @property
-    def weights_shape(self) -> tuple[int, int, int]:
-        """`(G, n, m)`."""
-        groups = self.linear_map.groups
-        rows = self.linear_map.kernel_rows + self.use_bias
-        return (groups, rows, self.linear_map.outputs // groups)
+class FullLayout(LayoutOfExamples):
+    """What the Fisher matrices of one layer's groups are measured from."""
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -57,33 +39,8 @@ class FullLayout:
         """Shape of their damped inverses, likewise."""
         return {"full_inverse": self._shape}
 
-    def from_inputs(
-        self,
-        inputs: Sequence[tf.Tensor],
-        batch_size: tf.Tensor,
-        masks: Sequence[tf.Tensor | None],
-    ) -> tuple[tf.Tensor, ...]:
-        """Nothing: inputs alone do not tell."""
-        del inputs, batch_size, masks
-        return ()
-
-    def from_pass(
-        self,
-        inputs: Sequence[tf.Tensor],
-        derivatives: Sequence[tf.Tensor],
-        batch_size: tf.Tensor,
-        masks: Sequence[tf.Tensor | None],
-    ) -> tuple[tf.Tensor, ...]:
-        """Mean over examples of the outer products of their derivatives, `(G, k, k)`."""
-        total = tf.add_n(
-            [
-                self._sum_of_products(a, masked(ds, mask))
-                for a, ds, mask in zip(inputs, derivatives, masks, strict=True)
-            ]
-        )
-        return (total / tf.cast(batch_size, total.dtype),)
-
-    def _sum_of_products(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+    def sum_over_examples(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+        """Outer products of the derivatives of each example, `(G, k, k)`."""
         gradients = self._example_gradients(inputs, derivatives)
         groups, size, _ = self._shape
         rows = tf.transpose(tf.reshape(gradients, (-1, groups, size)), (1, 0, 2))
@@ -95,18 +52,11 @@ class FullLayout:
         if quick is not None:
             return quick(inputs, derivatives, self.use_bias)
         groups, _, columns = self.weights_shape
-        rows = self.linear_map.input_rows(inputs)
-        if self.use_bias:
-            rows = tf.concat((rows, tf.ones_like(rows[..., :1])), axis=2)
+        rows = self.rows(inputs)
         shape = (groups, tf.shape(derivatives)[0], -1)
         rows = tf.reshape(rows, (*shape, rows.shape[2]))
         seen = tf.reshape(self.linear_map.derivative_rows(derivatives), (*shape, columns))
         return tf.transpose(tf.matmul(rows, seen, transpose_a=True), (1, 0, 2, 3))
-
-    def compromises(self, max_dim: int | None) -> list[str]:
-        """None: a block is whole, or `layout` refuses it."""
-        del max_dim
-        return []
 
 
 class FullBlock(AveragedBlock):
@@ -183,10 +133,10 @@ def _shift(matrix: tf.Tensor, damping: tf.Tensor, network_mean: tf.Tensor | None
 
 
 @structure("full")
-class Full:
+class Full(BlockStructure[FullLayout]):
     """The whole Fisher matrix of each group."""
 
-    for_any_map = True
+    block_type, refresh_type = FullBlock, FullRefresh
 
     def layout(
         self,
@@ -210,19 +160,3 @@ class Full:
                 f"max_factor_dim={max_dim}. Use 'kronecker' or 'diagonal'."
             )
         return layout
-
-    def block(
-        self,
-        path: str,
-        layout: FullLayout,
-        kernel: int,
-        bias: int | None,
-        dtype: str,
-        add_variable: Callable[..., keras.Variable],
-    ) -> FullBlock:
-        """A `FullBlock`."""
-        return FullBlock(path, layout, kernel, bias, dtype, add_variable)
-
-    def refresh(self, blocks: Sequence[FullBlock]) -> FullRefresh:
-        """Inverses of all blocks."""
-        return FullRefresh(blocks)

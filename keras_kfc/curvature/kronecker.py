@@ -6,7 +6,7 @@ inverse is `(Ω + π √λ I)⁻¹ ⊗ (Γ + √λ/π I)⁻¹`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
 from keras_kfc.curvature.layout import KroneckerLayout, layout_of
+from keras_kfc.curvature.shared import BlockStructure
 from keras_kfc.linalg.damping import block_traces
 from keras_kfc.linalg.stacks import invert_blocks
 from keras_kfc.maps.api import LinearMap
@@ -122,10 +123,10 @@ class KroneckerRefresh:
 
 
 @structure("kronecker")
-class Kronecker:
+class Kronecker(BlockStructure[KroneckerLayout]):
     """The structure of the paper."""
 
-    for_any_map = True
+    block_type, refresh_type = KroneckerBlock, KroneckerRefresh
 
     def layout(
         self,
@@ -137,19 +138,3 @@ class Kronecker:
         """Factors in as few parts as the limit allows."""
         layout = layout_of(linear_map, use_bias, max_dim)
         return dataclasses.replace(layout, weight_sharing=weight_sharing)
-
-    def block(
-        self,
-        path: str,
-        layout: KroneckerLayout,
-        kernel: int,
-        bias: int | None,
-        dtype: str,
-        add_variable: Callable[..., keras.Variable],
-    ) -> KroneckerBlock:
-        """A `KroneckerBlock`."""
-        return KroneckerBlock(path, layout, kernel, bias, dtype, add_variable)
-
-    def refresh(self, blocks: Sequence[KroneckerBlock]) -> KroneckerRefresh:
-        """Inverses of all blocks, those of equal sizes together."""
-        return KroneckerRefresh(blocks)

@@ -17,13 +17,17 @@ where this `s` makes the trace of the additional terms smallest.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import keras
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
-from keras_kfc.curvature.diagonal_input import DiagonalInputBlock, inverses_of
+from keras_kfc.curvature.diagonal_input import (
+    DiagonalInputBlock,
+    DiagonalInputRefresh,
+    inverses_of,
+)
+from keras_kfc.curvature.shared import TableStructure
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.linalg.products import gram
 from keras_kfc.maps.api import masked, output_factor
@@ -130,15 +134,14 @@ class TiedBlock(DiagonalInputBlock):
         return self.counts + self.output_squares / scale, self.gamma + scale * self.hidden
 
 
-class TiedRefresh:
+class TiedRefresh(DiagonalInputRefresh):
     """New inverses of tied tables.
 
     Args:
         blocks: The blocks.
     """
 
-    def __init__(self, blocks: Sequence[TiedBlock]):
-        self._blocks = blocks
+    _blocks: Sequence[TiedBlock]
 
     @property
     def trace(self) -> tf.Tensor:
@@ -153,12 +156,6 @@ class TiedRefresh:
                 total += tf.cast(tf.reduce_sum(rows) * tf.linalg.trace(columns)[0], dtype)
         return total
 
-    @property
-    def size(self) -> float:
-        """Number of weights of all tables."""
-        maps = [block.layout.linear_map for block in self._blocks]
-        return float(sum(linear_map.inputs * linear_map.outputs for linear_map in maps))
-
     def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
         """Inverts the factors of all tables."""
         return [
@@ -168,34 +165,8 @@ class TiedRefresh:
 
 
 @structure("tied")
-class Tied:
+class Tied(TableStructure[TiedLayout]):
     """Factors of a table's two uses, for tables of rows alone."""
 
-    for_any_map = False
-
-    def layout(
-        self,
-        linear_map: EmbeddingMap,
-        use_bias: bool,
-        max_dim: int | None,
-        weight_sharing: str = "expand",
-    ) -> TiedLayout:
-        """The layout of a table."""
-        del use_bias, max_dim, weight_sharing
-        return TiedLayout(linear_map)
-
-    def block(
-        self,
-        path: str,
-        layout: TiedLayout,
-        kernel: int,
-        bias: int | None,
-        dtype: str,
-        add_variable: Callable[..., keras.Variable],
-    ) -> TiedBlock:
-        """A `TiedBlock`."""
-        return TiedBlock(path, layout, kernel, bias, dtype, add_variable)
-
-    def refresh(self, blocks: Sequence[TiedBlock]) -> TiedRefresh:
-        """Inverses of all tables."""
-        return TiedRefresh(blocks)
+    layout_type = TiedLayout
+    block_type, refresh_type = TiedBlock, TiedRefresh

@@ -1,16 +1,15 @@
 """Convolutions that record their patches' statistics."""
 
 import keras
-import tensorflow as tf
-from keras import ops
 
-from keras_kfc.layers.instrumented import KroneckerLayer, instruments
+from keras_kfc.layers.convolution import GroupedConvolution
+from keras_kfc.layers.instrumented import instruments
 from keras_kfc.maps.conv import Conv2DMap
 
 
 @instruments(keras.layers.Conv2D)
 @keras.saving.register_keras_serializable(package="keras_kfc")
-class Conv2D(KroneckerLayer, keras.layers.Conv2D):
+class Conv2D(GroupedConvolution, keras.layers.Conv2D):
     """`keras.layers.Conv2D`, which `keras_kfc.KFC` preconditions.
 
     Takes the arguments of `keras.layers.Conv2D` and has its configuration,
@@ -23,27 +22,4 @@ class Conv2D(KroneckerLayer, keras.layers.Conv2D):
     TensorShape([2, 5, 5, 8])
     """
 
-    @property
-    def linear_map(self) -> Conv2DMap:
-        """The convolution's `Conv2DMap`."""
-        kernel_height, kernel_width, channels, filters = self.kronecker_kernel.shape
-        return Conv2DMap(
-            kernel_size=(kernel_height, kernel_width),
-            inputs=channels * self.groups,
-            outputs=filters,
-            strides=tuple(self.strides),
-            padding=self.padding,
-            dilation_rate=tuple(self.dilation_rate),
-            groups=self.groups,
-            data_format=self.data_format,
-        )
-
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Convolves, adds the bias, records, and applies the activation."""
-        outputs = self.convolution_op(inputs, self.kernel)
-        if self.use_bias:
-            channels_last = self.data_format == "channels_last"
-            shape = (1, 1, 1, self.filters) if channels_last else (1, self.filters, 1, 1)
-            outputs = ops.add(outputs, ops.reshape(self.bias, shape))
-        outputs = self._observe(inputs, outputs)
-        return outputs if self.activation is None else self.activation(outputs)
+    map_type = Conv2DMap

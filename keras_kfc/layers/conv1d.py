@@ -4,13 +4,14 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kfc.layers.instrumented import KroneckerLayer, instruments
+from keras_kfc.layers.convolution import GroupedConvolution
+from keras_kfc.layers.instrumented import instruments
 from keras_kfc.maps.conv1d import Conv1DMap
 
 
 @instruments(keras.layers.Conv1D)
 @keras.saving.register_keras_serializable(package="keras_kfc")
-class Conv1D(KroneckerLayer, keras.layers.Conv1D):
+class Conv1D(GroupedConvolution, keras.layers.Conv1D):
     """`keras.layers.Conv1D`, which `keras_kfc.KFC` preconditions.
 
     Takes the arguments of `keras.layers.Conv1D` and has its configuration,
@@ -23,20 +24,7 @@ class Conv1D(KroneckerLayer, keras.layers.Conv1D):
     TensorShape([2, 5, 8])
     """
 
-    @property
-    def linear_map(self) -> Conv1DMap:
-        """The convolution's `Conv1DMap`."""
-        size, channels, filters = self.kronecker_kernel.shape
-        return Conv1DMap(
-            kernel_size=size,
-            inputs=channels * self.groups,
-            outputs=filters,
-            strides=self.strides[0],
-            padding=self.padding,
-            dilation_rate=self.dilation_rate[0],
-            groups=self.groups,
-            data_format=self.data_format,
-        )
+    map_type = Conv1DMap
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Convolves, adds the bias, records, and applies the activation."""
@@ -54,9 +42,4 @@ class Conv1D(KroneckerLayer, keras.layers.Conv1D):
             dilation_rate=self.dilation_rate,
             data_format=self.data_format,
         )
-        if self.use_bias:
-            channels_last = self.data_format == "channels_last"
-            shape = (1, 1, self.filters) if channels_last else (1, self.filters, 1)
-            outputs = ops.add(outputs, ops.reshape(self.bias, shape))
-        outputs = self._observe(inputs, outputs)
-        return outputs if self.activation is None else self.activation(outputs)
+        return self._completed(inputs, outputs)

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_kfc._compat.layer_hooks import ConvLSTMCell as KerasConvLSTMCell
 from keras_kfc.layers.cells import Cell
-from keras_kfc.layers.conv_transpose import along_channels
+from keras_kfc.layers.convolution import along_channels
 from keras_kfc.layers.instrumented import instruments
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.conv1d import Conv1DMap

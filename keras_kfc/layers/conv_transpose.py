@@ -6,23 +6,17 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kfc.layers.instrumented import KroneckerLayer, instruments
+from keras_kfc.layers.convolution import Convolution
+from keras_kfc.layers.instrumented import instruments
 from keras_kfc.maps.conv_transpose import ConvTransposeMap
 
 
-class _Transposed(KroneckerLayer):
+class _Transposed(Convolution):
     """What transposed convolutions share, whatever their number of axes."""
 
-    rank: int
     kernel: Any
     filters: int
-    kernel_size: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str
     output_padding: Any
-    dilation_rate: tuple[int, ...]
-    data_format: str
-    activation: Any
 
     @property
     def kronecker_kernel(self) -> keras.Variable:
@@ -57,16 +51,7 @@ class _Transposed(KroneckerLayer):
             dilation_rate=self.dilation_rate,
             data_format=self.data_format,
         )
-        if self.bias is not None:
-            outputs = ops.add(outputs, along_channels(self.bias, self.rank, self.data_format))
-        outputs = self._observe(inputs, outputs)
-        return outputs if self.activation is None else self.activation(outputs)
-
-
-def along_channels(bias: Any, rank: int, data_format: str) -> tf.Tensor:
-    """A bias in a shape that is added to images of a number of axes."""
-    ones = (1,) * rank
-    return ops.reshape(bias, (1, *ones, -1) if data_format == "channels_last" else (1, -1, *ones))
+        return self._completed(inputs, outputs)
 
 
 @instruments(keras.layers.Conv1DTranspose)

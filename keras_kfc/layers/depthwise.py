@@ -6,25 +6,18 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kfc.layers.conv_transpose import along_channels
-from keras_kfc.layers.instrumented import KroneckerLayer, instruments
+from keras_kfc.layers.convolution import Convolution
+from keras_kfc.layers.instrumented import instruments
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.conv1d import Conv1DMap
 from keras_kfc.maps.depthwise import DepthwiseConv1DMap, DepthwiseConv2DMap
 from keras_kfc.maps.weights import WeightMatrix
 
 
-class _ByChannel(KroneckerLayer):
+class _ByChannel(Convolution):
     """What depthwise and separable convolutions share, along one or two axes."""
 
-    rank: int
     depth_multiplier: int
-    kernel_size: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str
-    dilation_rate: tuple[int, ...]
-    data_format: str
-    activation: Any
 
     def _depthwise_map(self, kernel: Any) -> Any:
         sizes: list[Any] = [self.kernel_size, self.strides, self.dilation_rate]
@@ -50,9 +43,6 @@ class _ByChannel(KroneckerLayer):
             data_format=self.data_format,
         )
 
-    def _activated(self, outputs: tf.Tensor) -> tf.Tensor:
-        return outputs if self.activation is None else self.activation(outputs)
-
 
 class _Depthwise(_ByChannel):
     kernel: Any
@@ -72,10 +62,7 @@ class _Depthwise(_ByChannel):
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Convolves, adds the bias, records, and applies the activation."""
-        outputs = self._depthwise(inputs, self.kernel)
-        if self.bias is not None:
-            outputs = ops.add(outputs, along_channels(self.bias, self.rank, self.data_format))
-        return self._activated(self._observe(inputs, outputs))
+        return self._completed(inputs, self._depthwise(inputs, self.kernel))
 
 
 class _Separable(_ByChannel):
@@ -104,9 +91,7 @@ class _Separable(_ByChannel):
         outputs = ops.conv(
             between, self.pointwise_kernel, padding="valid", data_format=self.data_format
         )
-        if self.bias is not None:
-            outputs = ops.add(outputs, along_channels(self.bias, self.rank, self.data_format))
-        return self._activated(self._observe(between, outputs, 1))
+        return self._completed(between, outputs, 1)
 
 
 @instruments(keras.layers.DepthwiseConv1D)

@@ -38,15 +38,20 @@ def damped_inverse(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     # Above this size a decomposition in blocks is faster than one kernel, but not to be had
     # from rounded products.
     largest = (64 if xla else 128) if products_are_exact() else size
-    function = _damped_inverse_of_shape(matrix.shape[0], size, matrix.dtype, xla, largest)
+    shape = (matrix.shape[0], size) if xla else (None, None)
+    function = _damped_inverse(*shape, _halvings(size, largest), matrix.dtype, xla)
     return tf.ensure_shape(function(matrix, shift), matrix.shape)
 
 
 @functools.lru_cache(maxsize=256)
-def _damped_inverse_of_shape(
-    count: int | None, size: int, dtype: tf.DType, xla: bool, largest: int
+def _damped_inverse(
+    count: int | None, size: int | None, halvings: int, dtype: tf.DType, xla: bool
 ) -> Any:
-    """The graph function behind `damped_inverse`, traced once for each shape."""
+    """The graph function behind `damped_inverse`.
+
+    One for all shapes where it can be: tracing it takes longer than inverting most factors.
+    XLA needs to know shapes.
+    """
     smallest = dtype.as_numpy_dtype(10 * resolution(dtype))
 
     def invert(matrix: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
@@ -54,7 +59,8 @@ def _damped_inverse_of_shape(
         trace = tf.reduce_sum(diagonal, axis=1)
         shift = tf.maximum(shift, smallest * trace)
         # Work on a matrix of unit mean diagonal, so that no scale over- or underflows.
-        scale = trace / size + shift
+        rows = tf.cast(tf.shape(matrix)[-1], dtype) if size is None else size
+        scale = trace / rows + shift
         usable = tf.math.is_finite(scale) & (scale > 0)
         usable &= tf.reduce_all(tf.math.is_finite(matrix), axis=(1, 2))
         # One number for each row, and for each matrix. What is not usable becomes the identity.
@@ -65,7 +71,7 @@ def _damped_inverse_of_shape(
         damped = tf.linalg.set_diag(tf.where(usable, matrix, 0.0), diagonal) / scale
 
         def by_cholesky() -> tf.Tensor:
-            root = inverse_root(damped, largest)
+            root = inverse_root(damped, halvings)
             return tf.matmul(root, root, transpose_a=True)
 
         def by_lu() -> tf.Tensor:
@@ -83,7 +89,15 @@ def _damped_inverse_of_shape(
     return tf.function(invert, input_signature=signature, autograph=False)
 
 
-def inverse_root(matrix: tf.Tensor, largest: int = 64) -> tf.Tensor:
+def _halvings(size: int, largest: int) -> int:
+    """How often matrices are halved until none has more than `largest + 1` rows."""
+    halvings = 0
+    while size >> halvings > largest:
+        halvings += 1
+    return halvings
+
+
+def inverse_root(matrix: tf.Tensor, halvings: int = 0) -> tf.Tensor:
     """The lower triangular `W` with `Wᵀ W = A⁻¹`, for symmetric positive definite `A`.
 
     It is the inverse of the Cholesky factor, built from those of the two diagonal
@@ -93,29 +107,37 @@ def inverse_root(matrix: tf.Tensor, largest: int = 64) -> tf.Tensor:
 
     Args:
         matrix: `(G, n, n)`.
-        largest: Size up to which a matrix is decomposed as a whole, by one kernel.
+        halvings: How often it is halved, before what is left is decomposed by one kernel.
 
     Returns:
         `(G, n, n)`; NaN where a pivot is not positive.
     """
-    count = tf.shape(matrix)[:1] if matrix.shape[0] is None else matrix.shape[:1]
+    if not halvings:
+        shape = matrix.shape if matrix.shape.is_fully_defined() else tf.shape(matrix)
+        identity = tf.eye(shape[-1], batch_shape=shape[:1], dtype=matrix.dtype)
+        return tf.linalg.triangular_solve(tf.linalg.cholesky(matrix), identity)
+    size = tf.shape(matrix)[-1] if matrix.shape[-1] is None else matrix.shape[-1]
+    half = size // 2
+    dynamic = matrix.shape[-1] is None
+    of_half = (
+        _root_of_any_size(halvings - 1, matrix.dtype)
+        if dynamic
+        else functools.partial(inverse_root, halvings=halvings - 1)
+    )
+    first = of_half(tf.slice(matrix, (0, 0, 0), (-1, half, half)))
+    below = tf.slice(matrix, (0, half, 0), (-1, -1, half))
+    coupling = tf.matmul(below, first, transpose_b=True)
+    complement = tf.slice(matrix, (0, half, half), (-1, -1, -1))
+    second = complement - tf.matmul(coupling, coupling, transpose_b=True)
+    second = of_half(second)
+    corner = -second @ (coupling @ first)
+    upper = tf.pad(first, ((0, 0), (0, 0), (0, size - half)))
+    return tf.concat((upper, tf.concat((corner, second), axis=2)), axis=1)
 
-    @functools.cache
-    def identity(size: int) -> tf.Tensor:
-        return tf.eye(size, batch_shape=count, dtype=matrix.dtype)
 
-    def root_of(matrix: tf.Tensor) -> tf.Tensor:
-        size = matrix.shape[-1]
-        if size <= largest:
-            return tf.linalg.triangular_solve(tf.linalg.cholesky(matrix), identity(size))
-        half = size // 2
-        first = root_of(tf.slice(matrix, (0, 0, 0), (-1, half, half)))
-        below = tf.slice(matrix, (0, half, 0), (-1, -1, half))
-        coupling = tf.matmul(below, first, transpose_b=True)
-        complement = tf.slice(matrix, (0, half, half), (-1, -1, -1))
-        second = root_of(complement - tf.matmul(coupling, coupling, transpose_b=True))
-        corner = -second @ (coupling @ first)
-        upper = tf.pad(first, ((0, 0), (0, 0), (0, size - half)))
-        return tf.concat((upper, tf.concat((corner, second), axis=2)), axis=1)
-
-    return root_of(matrix)
+@functools.lru_cache(maxsize=64)
+def _root_of_any_size(halvings: int, dtype: tf.DType) -> Any:
+    """`inverse_root` as a graph function, so that each level is traced once."""
+    signature = [tf.TensorSpec((None, None, None), dtype)]
+    root = functools.partial(inverse_root, halvings=halvings)
+    return tf.function(root, input_signature=signature, autograph=False)

@@ -6,6 +6,7 @@ import functools
 import tensorflow as tf
 
 from keras_kfc.linalg.precision import at_least_float32
+from keras_kfc.maps.column import MapOfColumn
 from keras_kfc.maps.conv import Conv2DMap
 
 
@@ -134,7 +135,7 @@ class DepthwiseConv2DMap:
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthwiseConv1DMap:
+class DepthwiseConv1DMap(MapOfColumn):
     """How a one-dimensional depthwise convolution's tensors map to its weights with bias.
 
     Args:
@@ -170,9 +171,6 @@ class DepthwiseConv1DMap:
             self.data_format,
         )
 
-    def _widened(self, tensor: tf.Tensor) -> tf.Tensor:
-        return tf.expand_dims(tensor, 3 if self.data_format == "channels_first" else 2)
-
     @property
     def groups(self) -> int:
         """Number of input channels."""
@@ -182,36 +180,6 @@ class DepthwiseConv1DMap:
     def outputs(self) -> int:
         """Number of output channels."""
         return self.inputs * self.depth_multiplier
-
-    @property
-    def kernel_rows(self) -> int:
-        """Number of kernel positions."""
-        return self.kernel_size
-
-    def input_moments(self, inputs: tf.Tensor, parts: int = 1) -> tuple[tf.Tensor, tf.Tensor]:
-        """Sums of `p pᵀ` and `p` over examples and positions, `(G, k, k)` and `(G, k)`."""
-        return self._plane.input_moments(self._widened(inputs), parts)
-
-    def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Patches of each channel, `(G, positions of all examples, k)`."""
-        return self._plane.input_rows(self._widened(inputs))
-
-    def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Number of output positions of all examples together, a scalar."""
-        return self._plane.count_positions(self._widened(inputs))
-
-    def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
-        """Flattens pre-activation derivatives to `(G, positions of all examples, D)`."""
-        return self._plane.derivative_rows(self._widened(derivatives))
-
-    def stack_bias(self, kernel: tf.Tensor, bias: tf.Tensor | None) -> tf.Tensor:
-        """Joins kernel `(k, J, D)` and bias `(J * D,)` to `(G, n, D)`."""
-        return self._plane.stack_bias(tf.expand_dims(kernel, 1), bias)
-
-    def unstack_bias(self, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Splits `(G, n, D)` into kernel `(k, J, D)` and bias `(J * D,)` (or None)."""
-        kernel, bias = self._plane.unstack_bias(weights)
-        return tf.squeeze(kernel, 1), bias
 
     def example_gradients(
         self, inputs: tf.Tensor, derivatives: tf.Tensor, use_bias: bool

@@ -1,6 +1,8 @@
 """Preconditioned gradients of all variables with a block, and what the step size asks of them."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -49,29 +51,37 @@ class Directions:
             parts.append(tf.cast(product, tf.float32))
         return tf.add_n(parts)
 
-    def mean_square(self, indices: Sequence[int]) -> tf.Tensor:
-        """Over all entries of some variables, a float32 scalar; 0 where there is none.
+    def mean_squares(self, blocks: Sequence[Sequence[int]]) -> tf.Tensor:
+        """Mean square of the directions of each block, `(blocks,)`, float32.
 
         Rows of a table that have no gradient do not count.
+
+        Args:
+            blocks: For each block the indices of its variables; 0 where there is none.
         """
-        if not indices:
-            return tf.zeros(())
         totals: list[tf.Tensor] = []
-        count: Any = 0
-        for index in indices:
-            direction = tf.cast(self.of[index], tf.float32)
-            counted = self.moving_rows(index)
-            if index in self.rows:
-                counted = self.rows[index].first
-                direction = self.rows[index].of_first_uses(direction)
-            if counted is None:
-                count += direction.shape.num_elements()
-            else:
-                count += tf.reduce_sum(tf.cast(counted, tf.float32)) * direction.shape[-1]
-            totals.append(tf.reduce_sum(tf.square(direction)))
-        if isinstance(count, int):
-            return tf.add_n(totals) / count
-        return tf.math.divide_no_nan(tf.add_n(totals), count)
+        counts: list[Any] = []
+        for indices in blocks:
+            parts = [self._squares(index) for index in indices] or [(tf.zeros(()), 0.0)]
+            totals.append(functools.reduce(operator.add, (total for total, _ in parts)))
+            counts.append(functools.reduce(operator.add, (count for _, count in parts)))
+        total, count = tf.stack(totals), tf.convert_to_tensor(counts, tf.float32)
+        return tf.math.divide_no_nan(2 * total, count)
+
+    def _squares(self, index: int) -> tuple[tf.Tensor, Any]:
+        """Half the sum of squares of a variable's direction, and of how many entries."""
+        direction = tf.cast(self.of[index], tf.float32)
+        counted = self.moving_rows(index)
+        if index in self.rows:
+            counted = self.rows[index].first
+            direction = self.rows[index].of_first_uses(direction)
+        count: Any = float(direction.shape[-1])
+        if counted is None:
+            count = float(direction.shape.num_elements())
+        else:
+            count *= tf.reduce_sum(tf.cast(counted, tf.float32))
+        # One operation, where a square and its sum are three.
+        return tf.nn.l2_loss(direction), count
 
     def moving_rows(self, index: int) -> tf.Tensor | None:
         """Which rows of a table have a gradient, booleans, where that is given for all rows."""

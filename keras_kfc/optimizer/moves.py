@@ -1,5 +1,6 @@
 """How one variable changes in a step, given its direction and rate: with a block, and without."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from keras_kfc.optimizer.settings import Settings
 
 
 class Moves:
-    """Moves momenta, and tells the changes of variables.
+    """Moves momenta, and tells the changes of variables; for one step, or one trace of it.
 
     Of a variable of which a batch used some rows, only these and their momenta are moved.
 
@@ -25,12 +26,14 @@ class Moves:
     def __init__(self, settings: Settings, momentums: Sequence[Any], second_moments: Sequence[Any]):
         self._settings = settings
         self._momentums, self._second_moments = momentums, second_moments
+        # One constant for all variables.
+        self._momentum = functools.cache(lambda dtype: tf.constant(settings.momentum, dtype))
 
     def with_block(
         self,
         index: int,
         variable: Any,
-        rate: tf.Tensor,
+        factor: tf.Tensor,
         direction: tf.Tensor,
         rows: SummedRows | None,
         moving_rows: tf.Tensor | None,
@@ -40,16 +43,17 @@ class Moves:
         Args:
             index: Its index.
             variable: The variable.
-            rate: What its direction is multiplied by.
+            factor: What its direction is multiplied by.
             direction: Its preconditioned gradient, or that of the rows, `(N, ...)`.
             rows: The rows, or None.
             moving_rows: Which rows are moved, booleans, or None for all.
         """
         settings = self._settings
-        step = tf.cast(tf.cast(-rate, direction.dtype) * direction, variable.dtype)
+        step = tf.cast(tf.cast(factor, direction.dtype) * direction, variable.dtype)
         before = _values(self._momentums[index], rows)
-        velocity = settings.momentum * before + step
-        change = settings.momentum * velocity + step if settings.nesterov else velocity
+        momentum = self._momentum(variable.dtype)
+        velocity = momentum * before + step
+        change = momentum * velocity + step if settings.nesterov else velocity
         if moving_rows is not None:
             velocity = tf.where(moving_rows[:, None], velocity, before)
             change = tf.where(moving_rows[:, None], change, tf.zeros_like(change))

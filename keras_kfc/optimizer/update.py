@@ -48,7 +48,6 @@ class Update:
         self._settings, self._curvature = settings, curvature
         self._rule, self._progress = rule, progress
         self._momentums, self._second_moments = momentums, second_moments
-        self._moves = Moves(settings, momentums, second_moments)
         self._offered: Mapping[int, GradientProduct] = {}
 
     def offer(self, products: Mapping[int, GradientProduct]) -> None:
@@ -97,35 +96,38 @@ class Update:
         learning_rate = tf.cast(learning_rate, tf.float32)
 
         def update() -> None:
-            rates: dict[int, tf.Tensor] = {}
+            fallback_rate = settings.adam_lr_ratio * learning_rate
+            plain_decay = _PLAIN_DECAY * fallback_rate * (settings.weight_decay or 0.0)
+            factors: dict[int, tf.Tensor] = {}
+            decays: dict[int, tf.Tensor] = {}
             share = tf.ones(())
             if directions:
                 rates, share = self._rates(learning_rate, clipped_slope, slopes, directions)
-            noise = self._progress.noise_share(tf.reduce_sum(slopes))
+                factors = self._by_variable(-rates, directions)
+                decay = self._decay_rates(rates, tf.reduce_sum(slopes), plain_decay)
+                decays = self._by_variable(decay, directions)
             corrections = bias_corrections(settings.iterations + 1)
-            fallback_rate = settings.adam_lr_ratio * learning_rate
-            # Steps have the units of the curvature where a lowest loss is known.
-            natural = self._progress.measured_from_lowest
+            moves = Moves(settings, self._momentums, self._second_moments)
             changes = []
             for index, variable in variables.items():
                 used = rows.get(index)
                 if index in directions:
-                    change = self._moves.with_block(
+                    change = moves.with_block(
                         index,
                         variable,
-                        rates[index],
+                        factors[index],
                         directions.of[index],
                         used,
                         directions.moving_rows(index),
                     )
                 else:
                     gradient = summed[index] if used is None else used.values
-                    change = self._moves.without_block(
+                    change = moves.without_block(
                         index, variable, gradient, corrections, fallback_rate, used
                     )
                 if self._decays(variable):
-                    rate = self._decay_rate(rates.get(index), noise, fallback_rate, natural)
-                    change -= tf.cast(settings.weight_decay * rate, variable.dtype) * (
+                    rate = decays.get(index, plain_decay)
+                    change -= tf.cast(rate, variable.dtype) * (
                         variable if used is None else used.rows_of(variable)
                     )
                 if used is not None:
@@ -173,23 +175,19 @@ class Update:
         matrix = settings.weight_decay is not None and len(variable.shape) >= 2
         return matrix and settings.may_decay(variable)
 
-    def _decay_rate(
-        self, rate: Any, noise: tf.Tensor, fallback_rate: tf.Tensor, natural: tf.Tensor
-    ) -> tf.Tensor:
-        """What the weight decay is multiplied by for one variable.
+    def _decay_rates(self, rates: tf.Tensor, slope: tf.Tensor, plain_decay: tf.Tensor) -> tf.Tensor:
+        """What the weights of each block are multiplied by and lose, `(variables,)`.
 
         Args:
-            rate: The variable's `α_b`, or None without a block.
-            noise: Share of noise in the gradient.
-            fallback_rate: Learning rate of the fallback rule.
-            natural: Whether steps have the units of the curvature.
+            rates: `α_b`, likewise.
+            slope: `g · F⁻¹ g` before gradients were clipped, a scalar.
+            plain_decay: The same for variables without a block, a scalar.
         """
-        plain = _PLAIN_DECAY * fallback_rate
-        if rate is None:
-            return plain
         # Rates have no bound where gradients vanish. One is all of the way to a minimum.
-        rate = tf.minimum(rate / (1 - self._settings.momentum), 1.0)
-        return tf.where(natural, rate * noise, plain)
+        rates = tf.minimum(rates / (1 - self._settings.momentum), 1.0)
+        decay = (self._settings.weight_decay or 0.0) * (rates * self._progress.noise_share(slope))
+        # Steps have the units of the curvature where a lowest loss is known.
+        return tf.where(self._progress.measured_from_lowest, decay, plain_decay)
 
     def _rates(
         self,
@@ -197,8 +195,8 @@ class Update:
         clipped_slope: tf.Tensor,
         slopes: tf.Tensor,
         directions: Directions,
-    ) -> tuple[dict[int, tf.Tensor], tf.Tensor]:
-        """What to multiply directions by, by index; and the mean part of the longest step allowed.
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rates of all blocks, `(variables,)`; and the mean part of the longest step allowed.
 
         Args:
             learning_rate: The learning rate.
@@ -207,17 +205,9 @@ class Update:
                 of all but tables and of tables.
             directions: Preconditioned gradients.
         """
-        members = {
-            block.kernel_index: [
-                i
-                for i in (block.kernel_index, block.bias_index)
-                if i is not None and i in directions
-            ]
-            for block in self._curvature.blocks
-        }
-        squares = tf.stack(
-            [directions.mean_square(members.get(i, ())) for i in range(len(self._momentums))]
-        )
+        members = self._members_of_blocks(directions)
+        own = [members.get(index, ()) for index in range(len(self._momentums))]
+        squares = directions.mean_squares(own)
         polyak = self._settings.polyak_scaling
         query = StepQuery(
             learning_rate=learning_rate,
@@ -232,9 +222,24 @@ class Update:
         rates, longest = self._rule.rates(query), self._rule.longest(query)
         of_kernels = list(members)
         share = tf.math.divide_no_nan(tf.gather(rates, of_kernels), tf.gather(longest, of_kernels))
-        apart = tf.unstack(rates, len(self._momentums))
-        by_variable = {i: apart[kernel] for kernel, own in members.items() for i in own}
-        return by_variable, tf.reduce_mean(share)
+        return rates, tf.reduce_mean(share)
+
+    def _members_of_blocks(self, directions: Directions) -> dict[int, list[int]]:
+        """Indices of the variables of each block, by that of its kernel."""
+        return {
+            block.kernel_index: [
+                i
+                for i in (block.kernel_index, block.bias_index)
+                if i is not None and i in directions
+            ]
+            for block in self._curvature.blocks
+        }
+
+    def _by_variable(self, of_blocks: tf.Tensor, directions: Directions) -> dict[int, tf.Tensor]:
+        """Numbers of blocks, `(variables,)`, by index of each of their variables."""
+        apart = tf.unstack(of_blocks, len(self._momentums))
+        members = self._members_of_blocks(directions)
+        return {i: apart[kernel] for kernel, own in members.items() for i in own}
 
 
 def _slopes(directions: Directions, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:

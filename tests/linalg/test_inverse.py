@@ -74,11 +74,12 @@ def test_damped_inverse_is_the_inverse(jit_compile, shift, size):
     assert relative_error(result, undamped) > 2e-4 or shift < 0.3
 
 
-def test_inverse_root_is_the_inverse_of_the_cholesky_factor():
+@pytest.mark.parametrize("halvings", [0, 1, 3])
+def test_inverse_root_is_the_inverse_of_the_cholesky_factor(halvings):
     root = np.random.default_rng(0).normal(size=(2, 150, 300))
     matrix = root @ root.transpose(0, 2, 1)
     expected = np.linalg.inv(np.linalg.cholesky(matrix))
-    np.testing.assert_allclose(inverse_root(tf.constant(matrix)), expected, atol=1e-12)
+    np.testing.assert_allclose(inverse_root(tf.constant(matrix), halvings), expected, atol=1e-12)
 
 
 def test_factors_of_one_size_are_inverted_as_each_alone():
