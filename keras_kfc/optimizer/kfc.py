@@ -141,7 +141,7 @@ class KFC(WholeStepOptimizer):
     def __init__(
         self,
         learning_rate: Any = 0.03,
-        damping: Any = 0.2,
+        damping: Any = 0.15,
         momentum: float = 0.9,
         nesterov: bool = True,
         polyak_scaling: Any = 1.0,

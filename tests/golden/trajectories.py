@@ -137,7 +137,16 @@ def weights_after_training(name, steps=STEPS):
     keras.utils.set_random_seed(7)
     model, compiled, options = NETS[name]()
     model.compile(
-        keras_kfc.KFC(seed=2, fisher="exact", curvature_update_period=2, **options), **compiled
+        keras_kfc.KFC(
+            **{
+                "damping": 0.2,
+                "fisher": "exact",
+                "curvature_update_period": 2,
+                "seed": 2,
+                **options,
+            }
+        ),
+        **compiled,
     )
     model.optimizer.build(model.trainable_variables)
     x, y = batches(name)
