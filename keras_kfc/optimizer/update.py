@@ -21,6 +21,10 @@ from keras_kfc.utils.branches import run_if
 # Weight decay of variables without a block, over that of kernels with one: with the default
 # of 0.02, that of Keras's AdamW.
 _PLAIN_DECAY = 0.2
+# Part of the weight decay that a step of Polyak's rule makes at most: of a loss E and a slope p the
+# step is E / p and the noise 1 - 2 E / p, whose product is an eighth at most. More would come of
+# a slope that has changed faster than the average of the loss, as where gradients vanish.
+_MOST_DECAY = 0.125
 
 
 class Update:
@@ -183,9 +187,11 @@ class Update:
             slope: `g · F⁻¹ g` before gradients were clipped, a scalar.
             plain_decay: The same for variables without a block, a scalar.
         """
-        # Rates have no bound where gradients vanish. One is all of the way to a minimum.
-        rates = tf.minimum(rates / (1 - self._settings.momentum), 1.0)
-        decay = (self._settings.weight_decay or 0.0) * (rates * self._progress.noise_share(slope))
+        settings = self._settings
+        scale = 1.0 if settings.polyak_scaling is None else settings.polyak_scaling
+        rates = rates / (1 - settings.momentum) * self._progress.noise_share(slope)
+        rates = tf.minimum(rates, _MOST_DECAY * tf.cast(scale, tf.float32))
+        decay = (settings.weight_decay or 0.0) * rates
         # Steps have the units of the curvature where a lowest loss is known.
         return tf.where(self._progress.measured_from_lowest, decay, plain_decay)
 
