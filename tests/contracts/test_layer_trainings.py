@@ -39,6 +39,7 @@ def test_a_layer_is_saved_and_loaded_as_it_is(case, tmp_path):
     assert kinds == [type(layer) for layer in own._flatten_layers()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", few(firsts, 1), ids=str)
 def test_a_layer_trains_and_resumes(case, tmp_path):
     """Blocks, factors and momenta are stored and go on as they were."""

@@ -11,6 +11,7 @@ import nets
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 from keras.src import testing
 
 import keras_kfc
@@ -240,7 +241,7 @@ def test_a_whole_model_is_pickled_with_its_optimizer():
         np.testing.assert_array_equal(one.numpy(), two.numpy())
 
 
-@pytest.mark.parametrize("prepare", ["instrumented", "built from keras_kfc.layers"])
+@pytest.mark.parametrize("prepare", few(["instrumented", "built from keras_kfc.layers"], 1))
 def test_a_trained_model_is_quantised_as_the_plain_one(prepare):
     images, _ = nets.image_batch(seed=5)
     plain = nets.conv_net(keras.layers)

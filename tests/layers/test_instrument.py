@@ -161,6 +161,7 @@ def test_model_compiled_before_instrument_trains_with_blocks():
     assert len(model.optimizer.blocks) == 3
 
 
+@pytest.mark.slow
 def test_exclude_leaves_layers_to_the_fallback_rule():
     for by in ("name", "path"):
         model = conv_net(layers)
@@ -210,6 +211,7 @@ def test_what_may_couple_examples_in_a_loop_is_left_to_the_fallback_rule():
     assert len(model.optimizer.blocks) == 1
 
 
+@pytest.mark.slow
 def test_changing_layers_after_the_optimizer_was_built_is_told(caplog):
     model = conv_net(layers)
     train(model, keras_kfc.KFC(), steps=1)

@@ -49,7 +49,7 @@ CASES = {
 }
 EMPIRICAL = {"CTC", "Circle", "Dice", "Tversky"}
 # One of each kind; the others are a slow test.
-QUICK = {"Dice", "Huber"}
+QUICK = {"Dice"}
 
 
 def exported_losses():
@@ -167,6 +167,7 @@ def one_layer():
     return keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3, name="head")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", few([in_batch_contrast, scalar], 1))
 def test_what_depends_on_the_whole_batch_has_the_empirical_fisher(loss):
     targets = ONE_HOT if loss is in_batch_contrast else SCORES

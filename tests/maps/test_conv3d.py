@@ -190,7 +190,7 @@ def test_rows_of_the_weights_match_the_patches():
 @pytest.mark.parametrize(
     "options",
     few(
-        [OPTIONS[5], {**OPTIONS[0], "data_format": "channels_first"}, *OPTIONS[:5], *OPTIONS[6:]], 2
+        [OPTIONS[5], {**OPTIONS[0], "data_format": "channels_first"}, *OPTIONS[:5], *OPTIONS[6:]], 1
     ),
 )
 def test_the_layer_computes_and_trains_as_keras_own(options):
@@ -252,6 +252,7 @@ def test_the_diagonal_is_the_mean_square_of_derivatives():
     assert relative_error(measured[0], expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_model_is_saved_and_loaded_with_its_layer(tmp_path):
     x = np.random.default_rng(2).normal(size=(4, *SHAPE)).astype("float32")
     model = keras.Sequential([keras.Input(SHAPE), keras_kfc.layers.Conv3D(3, 2)])

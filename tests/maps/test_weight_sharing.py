@@ -122,6 +122,7 @@ def test_a_layer_and_the_optimizer_may_choose():
         keras_kfc.KFC(weight_sharing="both")
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_examples_has_all_their_steps():
     """Factors from two examples of four are those of two neighbours, whatever their steps."""
     keras.utils.set_random_seed(1)

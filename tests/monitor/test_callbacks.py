@@ -67,6 +67,7 @@ def test_norm_of_the_update_is_that_of_the_change_of_the_weights(options):
     np.testing.assert_allclose(history["update_norm"], lengths.mean(1), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_norm_of_the_gradient_is_that_of_the_gradients():
     model = compiled(KFC(learning_rate=1e-12, adam_lr_ratio=0.0))
     images, labels = nets.image_batch(36)
@@ -187,6 +188,7 @@ def test_a_monitor_may_come_late_and_go_again():
         fit(model, epochs=1)
 
 
+@pytest.mark.slow
 def test_monitor_under_loss_scaling_and_accumulation():
     keras.config.set_dtype_policy("mixed_float16")
     model = compiled(KFC(gradient_accumulation_steps=3), steps_per_execution=2)

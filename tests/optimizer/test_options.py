@@ -123,6 +123,7 @@ def test_regularisers_add_to_the_gradient_and_not_to_the_factors(reference):
     assert_other_weights(regularised, reference)
 
 
+@pytest.mark.slow
 def test_constraints_are_applied_after_each_step(reference):
     constrained = fitted(model=net(kernel_constraint=keras.constraints.MaxNorm(0.5)))
     norms = np.linalg.norm(constrained.get_layer("hidden").get_weights()[0], axis=0)

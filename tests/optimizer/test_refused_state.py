@@ -58,6 +58,7 @@ def test_blocks_of_other_layers_of_the_same_shape_are_refused():
         excluding("b").load_own_variables(stored_state(excluding("a")))
 
 
+@pytest.mark.slow
 def test_state_of_another_optimizer_is_skipped_with_a_warning(tmp_path):
     model = compiled(optimizer="adam")
     fit(model, 1)

@@ -112,7 +112,8 @@ def test_bad_arguments_of_update_factors_are_refused_by_name(name, arguments):
         model.optimizer.update_factors(*arguments)
 
 
-@pytest.mark.parametrize("run_eagerly", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("run_eagerly", [True, False])
 def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(run_eagerly, caplog):
     class Wrapper(keras.Model):
         def __init__(self):

@@ -124,6 +124,7 @@ def test_callbacks_that_only_watch_change_nothing(reference, tmp_path):
     assert list((tmp_path / "board").rglob("events*"))
 
 
+@pytest.mark.slow
 def test_learning_rate_callbacks_do_what_a_schedule_does():
     callback = keras.callbacks.LearningRateScheduler(lambda epoch: [0.03, 0.001][epoch])
     # The first value belongs to steps 0, 1 and 2, the first epoch.
@@ -151,6 +152,7 @@ def test_reducing_on_a_plateau_takes_effect(reference):
     assert moved[0] < 0.5 * moved[1]
 
 
+@pytest.mark.slow
 def test_early_stopping_restores_the_best_weights():
     model = compiled()
     x, y = data()

@@ -98,6 +98,7 @@ def test_undamped_training_is_invariant_to_affine_changes_of_coordinates():
     assert relative_error(changed_end, end) < 1e-3 * relative_error(end, start)
 
 
+@pytest.mark.slow
 def test_gradient_descent_is_not_invariant():
     """Negative control of the test above."""
     (start, end), (changed_start, changed_end) = _reparameterised(

@@ -85,6 +85,7 @@ def stack(names=("hidden", "out")):
     return [Dense(5, activation="tanh", name=names[0]), Dense(3, "softmax", name=names[1])]
 
 
+@pytest.mark.slow
 def test_models_in_models_train_as_flat_ones():
     x, y = data()
     flat = train(keras.Sequential([keras.Input((6,)), *stack()]), x, y)
