@@ -188,9 +188,10 @@ class Update:
             plain_decay: The same for variables without a block, a scalar.
         """
         settings = self._settings
-        scale = 1.0 if settings.polyak_scaling is None else settings.polyak_scaling
+        scale = settings.polyak_scaling
+        most = 1.0 if scale is None else _MOST_DECAY * tf.cast(scale, tf.float32)
         rates = rates / (1 - settings.momentum) * self._progress.noise_share(slope)
-        rates = tf.minimum(rates, _MOST_DECAY * tf.cast(scale, tf.float32))
+        rates = tf.minimum(rates, most)
         decay = (settings.weight_decay or 0.0) * rates
         # Steps have the units of the curvature where a lowest loss is known.
         return tf.where(self._progress.measured_from_lowest, decay, plain_decay)

@@ -60,7 +60,10 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, 
             assert scale < bound
         step = -scale * direction
         velocity = momentum * velocity + step
-        weights[:4] -= decay * noises[-1] * scale / (1 - momentum) * weights[:4]
+        share = noises[-1] * scale / (1 - momentum)
+        if polyak_scaling is not None:
+            share = min(share, polyak_scaling / 8)
+        weights[:4] -= decay * share * weights[:4]
         weights += momentum * velocity + step if nesterov else velocity
         # The size of the step is computed in float32.
         np.testing.assert_allclose(
