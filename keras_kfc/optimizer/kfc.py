@@ -53,8 +53,8 @@ class KFC(WholeStepOptimizer):
     step, root mean square and with momentum, as with Adam. `s` is `η` over its highest value so
     far, so that a schedule acts on all steps. Kernels decay by a part `w` of the step, so far
     as the gradient is noise, `n`, and by an eighth of `w` at most. `λ` is `damping` times the
-    mean eigenvalue of the layer's own block. The reasons, and what holds where the loss or its lowest value is not known, stand in
-    `docs/method.md`.
+    mean eigenvalue of the layer's own block. The reasons, and what holds where the loss or
+    its lowest value is not known, stand in `docs/method.md`.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with sample,
     class and loss weights; where a loss has none, the empirical Fisher matrix, and KFC logs so.
