@@ -146,14 +146,14 @@ class Capture:
         self._graph = current_graph()
         self._tape.__enter__()
         self.is_open = True
-        _opened.recording.append(weakref.ref(self))
+        _opened.recording.append((weakref.ref(self), self._tape))
 
     def close(self) -> None:
         """Stops recording; what was recorded stays."""
         if self.is_open:
             self._tape.__exit__(None, None, None)
             self.is_open = False
-            _opened.recording = [other for other in _opened.recording if other() is not self]
+            _opened.recording = [other for other in _opened.recording if other[0]() is not self]
 
     def stopped(self) -> Any:
         """A context in which what happens is not recorded for derivatives."""
@@ -269,11 +269,20 @@ class _Opened(threading.local):
     def __init__(self) -> None:
         # Opened as context managers, innermost last.
         self.captures: list[Capture] = []
-        self.recording: list[weakref.ref[Capture]] = []
+        # With its tape, which TensorFlow goes on with when the capture is gone.
+        self.recording: list[tuple[weakref.ref[Capture], tf.GradientTape]] = []
 
 
 def _recording() -> list[Capture]:
-    return [capture for reference in _opened.recording if (capture := reference()) is not None]
+    """The open captures of this thread, once those are closed that were dropped open."""
+    alive = []
+    for reference, tape in _opened.recording:
+        if reference() is None:
+            tape.__exit__(None, None, None)
+        else:
+            alive.append((reference, tape))
+    _opened.recording = alive
+    return [capture for reference, _ in alive if (capture := reference()) is not None]
 
 
 _opened = _Opened()

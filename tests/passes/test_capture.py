@@ -1,5 +1,7 @@
 """Which forward pass the factors come from, in train steps of every kind."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from helpers import few
 
 import keras_kfc
 from conftest import relative_error
+from keras_kfc._compat.tensorflow_internals import is_recording
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
@@ -155,6 +158,33 @@ def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(ru
     fresh.fit(X, Y, batch_size=8, epochs=2, verbose=0)
     gamma = fresh.optimizer.blocks[1].gamma[0]
     assert relative_error(gamma, residuals.T @ residuals / 8) < 1e-5
+
+
+def test_a_pass_that_broke_off_leaves_nothing_to_record_evaluations():
+    """Its capture stays open, and its tape would go on when model and optimizer are gone."""
+
+    class Breaks(keras.layers.Layer):
+        is_due = False
+
+        def call(self, inputs):
+            if self.is_due:
+                raise ArithmeticError
+            return inputs
+
+    broken = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2), Breaks()])
+    broken.compile(keras_kfc.KFC(), "mse", run_eagerly=True)
+    broken.optimizer.build(broken.trainable_variables)
+    broken.layers[-1].is_due = True
+    with pytest.raises(ArithmeticError):
+        broken.train_on_batch(X, Y)
+    assert len(broken.optimizer.automatic_captures.by_replica) == 1
+    del broken
+    keras.backend.clear_session()
+    gc.collect()
+    model = built()
+    model.evaluate(X, Y, verbose=0)
+    assert not model.optimizer.automatic_captures.by_replica
+    assert not is_recording()
 
 
 def test_the_first_step_of_a_loop_without_capture_moves_along_the_gradient():
