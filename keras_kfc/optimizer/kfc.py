@@ -67,7 +67,7 @@ class KFC(WholeStepOptimizer):
             weights move in a step, root mean square. Defaults to `0.03`.
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov damping `λ`, in units of
             the mean eigenvalue of the layer's block (absolute if `relative_damping=False`).
-            Can be read and set during training. Defaults to `0.2`.
+            Can be read and set during training. Defaults to `0.15`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether it is Nesterov's momentum. Defaults to `True`.
         polyak_scaling: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss

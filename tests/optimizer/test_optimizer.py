@@ -1,5 +1,9 @@
 """Arguments, configuration and settable values of the optimizer."""
 
+import ast
+import inspect
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -124,14 +128,18 @@ def test_schedules_survive_the_config():
     assert float(restored.learning_rate) == pytest.approx(0.025)
 
 
-def test_every_argument_is_in_the_config_and_the_docstring():
-    import inspect
-
-    names = [n for n in inspect.signature(keras_kfc.KFC).parameters if n != "kwargs"]
+def test_every_argument_is_in_the_config_and_the_docstring_with_its_default():
+    parameters = dict(inspect.signature(keras_kfc.KFC).parameters)
+    del parameters["kwargs"]
     config = keras_kfc.KFC().get_config()
-    for name in names:
-        assert name in config
-        assert f"\n    {name}: " in inspect.cleandoc(keras_kfc.KFC.__doc__)
+    documented = inspect.cleandoc(keras_kfc.KFC.__doc__).split("Args:")[1].split("Attributes:")[0]
+    paragraphs = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", documented, re.M | re.S))
+    assert list(paragraphs) and set(paragraphs) == set(parameters) == set(config)
+    said = {n: re.search(r"Defaults to `(.*?)`", text) for n, text in paragraphs.items()}
+    for name, default in said.items():
+        if default is not None and name != "name":
+            assert ast.literal_eval(default[1]) == parameters[name].default, name
+    assert sum(default is not None for default in said.values()) > 15
 
 
 def test_every_attribute_exists_from_the_start():
