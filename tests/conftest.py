@@ -32,6 +32,21 @@ def _default_float_type():
     keras.config.set_dtype_policy("float32")
 
 
+# Tests of what users run: their graphs are optimised as a user's are.
+_AS_USERS_RUN_IT = {"training", "golden", "placement", "scripts", "optimizer"}
+
+
+@pytest.fixture(autouse=True)
+def _graphs_as_they_are(request):
+    """Elsewhere a graph runs a few times only, and takes longer to optimise than to run."""
+    leave = request.node.path.parent.name in _AS_USERS_RUN_IT
+    if not leave:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    yield
+    if not leave:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+
+
 @pytest.fixture
 def eager_functions():
     """Graph functions run eagerly: building one for each of many cases takes longer."""

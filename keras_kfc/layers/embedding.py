@@ -12,7 +12,7 @@ from keras_kfc.layers.instrumented import KroneckerLayer, instruments
 from keras_kfc.maps.dense import DenseMap
 from keras_kfc.maps.embedding import EmbeddingMap
 from keras_kfc.maps.weights import WeightMatrix
-from keras_kfc.passes.capture import positions_of
+from keras_kfc.passes.masks import positions_of
 
 
 class _Table(KroneckerLayer):

@@ -19,7 +19,7 @@ from keras_kfc._compat.layer_hooks import TellsWhenBuilt, kernel_of
 from keras_kfc.maps.api import LinearMap
 from keras_kfc.maps.weights import WeightMatrix
 from keras_kfc.passes.automatic import active_capture
-from keras_kfc.passes.capture import positions_of
+from keras_kfc.passes.masks import positions_of
 
 # The classes that `keras_kfc.instrument` changes, and what it changes them to.
 CAPTURING_CLASSES: dict[type, type] = {}

@@ -11,7 +11,7 @@ from keras_kfc.layers.instrumented import KroneckerLayer, instruments
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.maps.scale import ScaleMap
 from keras_kfc.maps.weights import WeightMatrix
-from keras_kfc.passes.capture import positions_of
+from keras_kfc.passes.masks import positions_of
 
 
 class ScalingLayer(KroneckerLayer):

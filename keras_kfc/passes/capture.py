@@ -22,7 +22,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfc._compat.keras_internals import mask_of
 from keras_kfc._compat.tensorflow_internals import current_graph, is_recording, outer_graph
 from keras_kfc.maps.api import LinearMap
 from keras_kfc.maps.weights import WeightMatrix
@@ -286,16 +285,6 @@ def _recording() -> list[Capture]:
 
 
 _opened = _Opened()
-
-
-def positions_of(inputs: Any) -> tf.Tensor | None:
-    """Keras's mask of a layer's input, if it tells which positions count."""
-    mask = mask_of(inputs)
-    if mask is None or mask.shape.rank is None or inputs.shape.rank is None:
-        return None
-    positions = inputs.shape[: mask.shape.rank]
-    fits = mask.shape.rank < inputs.shape.rank and positions.is_compatible_with(mask.shape)
-    return tf.cast(mask, tf.bool) if fits else None
 
 
 def _out_of_reach(paths: list[str]) -> ValueError:
