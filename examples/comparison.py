@@ -1,8 +1,7 @@
-"""Trains the same net with several optimizers and shows who is ahead.
+"""Trains the same net with several optimizers, each to the same training loss, and shows how soon.
 
-Every optimizer gets the same initial weights and batches. The clock runs during
-training steps only: the training loss is measured in between, and tracing the
-graph, which happens once, is timed by itself.
+Every optimizer gets the same initial weights and batches. Seconds are all that `fit` takes, with
+the first step, which traces the graph; the clock stops only while the training loss is measured.
 """
 
 import dataclasses
@@ -13,12 +12,37 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 import tensorflow as tf
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import keras_kfc
-from examples.data import ImageData
 
-LOSS = "sparse_categorical_crossentropy"
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and when it is done.
+
+    Attributes:
+        title: For the picture.
+        build: Makes the net for a seed, with the same initial weights every time.
+        loss: Name of Keras's loss.
+        train: Inputs and targets to train on.
+        test: Inputs and targets that are held out.
+        target: Training loss at which a run ends.
+        batch_size: Mini-batch size.
+        epochs: The most epochs of a run.
+        counts: Whether outputs are probabilities of classes, so that there is an accuracy.
+    """
+
+    title: str
+    build: Callable[[int], keras.Model]
+    loss: str
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    target: float
+    batch_size: int
+    epochs: int
+    counts: bool
 
 
 @dataclasses.dataclass
@@ -26,19 +50,18 @@ class Run:
     """One training run.
 
     Attributes:
-        family: Name of the optimizer's class.
-        setting: What was set, as text.
+        name: The optimizer, as a call.
         model: The trained model.
-        start_up: Seconds until the first step was traced and compiled.
+        start_up: Seconds until the first step was done.
         iterations: Iterations at which the training loss was measured.
-        seconds: Seconds of training until then.
+        seconds: Seconds until then, with the start-up.
         losses: The training losses.
-        test_loss: Loss on held-out images after training.
-        test_accuracy: Accuracy on held-out images after training.
+        test_loss: Loss on held-out data after training.
+        test_accuracy: Accuracy there, or NaN.
+        reached: Whether the last loss is the target or below.
     """
 
-    family: str
-    setting: str
+    name: str
     model: keras.Model
     start_up: float = 0.0
     iterations: list[int] = dataclasses.field(default_factory=list)
@@ -46,157 +69,131 @@ class Run:
     losses: list[float] = dataclasses.field(default_factory=list)
     test_loss: float = float("nan")
     test_accuracy: float = float("nan")
+    reached: bool = False
 
     @property
     def final_loss(self) -> float:
         """The last training loss, infinite if training diverged."""
         return self.losses[-1] if np.isfinite(self.losses[-1]) else float("inf")
 
-    def first_at(self, target: float) -> tuple[int, float] | None:
-        """Iterations and seconds to the first measurement at or below a training loss."""
-        for iteration, seconds, loss in zip(
-            self.iterations, self.seconds, self.losses, strict=True
-        ):
-            if loss <= target:
-                return iteration, seconds
-        return None
 
+class _Watch(keras.callbacks.Callback):
+    """Measures the training loss now and then, with the clock stopped; ends a run at its target."""
 
-class _LossCurve(keras.callbacks.Callback):
-    """Records the training loss every few iterations, with the clock stopped."""
-
-    def __init__(self, run: Run, data: ImageData, every: int):
+    def __init__(self, run: Run, task: Task, show: Callable[[float], None]):
         super().__init__()
-        self._run, self._every = run, every
-        self._images, self._labels = data.train_images[:10_000], data.train_labels[:10_000]
-        self._iteration, self._seconds = 0, 0.0
+        self._run, self._task, self._show = run, task, show
+        self._loss_of = _graph_of_loss(run.model, task.loss)
+        self._iteration, self._next, self._paused = 0, 1, 0.0
 
-    def measure(self) -> None:
-        """Adds a point to the curve."""
-        total = 0.0
-        for first in range(0, len(self._images), 1000):
-            chunk = slice(first, first + 1000)
-            probabilities = self._run.model(self._images[chunk], training=False)
-            losses = keras.losses.sparse_categorical_crossentropy(
-                self._labels[chunk], probabilities
-            )
-            total += float(tf.reduce_sum(losses))
-        self._run.iterations.append(self._iteration)
-        self._run.seconds.append(self._seconds)
-        self._run.losses.append(total / len(self._images))
-
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_begin(self, logs=None):
         self._begin = time.perf_counter()
+        self._measure()
 
     def on_train_batch_end(self, batch, logs=None):
-        self._seconds += time.perf_counter() - self._begin
         self._iteration += 1
-        if self._iteration % self._every == 0:
-            self.measure()
+        if self._iteration == 1:
+            self._run.start_up = time.perf_counter() - self._begin - self._paused
+        if self._iteration >= self._next:
+            self._measure()
+            # Each time after a twenty-fifth more iterations.
+            self._next = self._iteration + max(1, self._iteration // 25)
+            self.model.stop_training = self._run.reached
 
     def on_train_end(self, logs=None):
         if self._run.iterations[-1] != self._iteration:
-            self.measure()
+            self._measure()
+
+    def _measure(self) -> None:
+        now, run, task = time.perf_counter(), self._run, self._task
+        inputs, targets = (part[:10_000] for part in task.train)
+        run.iterations.append(self._iteration)
+        run.seconds.append(now - self._begin - self._paused)
+        run.losses.append(_mean_loss(self._loss_of, inputs, targets))
+        run.reached = run.losses[-1] <= task.target
+        # Losses fall by factors: the bar shows how much of the way in factors is done.
+        way = np.log(run.losses[0] / task.target)
+        self._show(float(np.log(run.losses[0] / max(run.final_loss, task.target)) / way))
+        self._paused += time.perf_counter() - now
 
 
-def train(
-    build: Callable[[], keras.Model],
-    optimizer: keras.Optimizer,
-    setting: str,
-    data: ImageData,
-    *,
-    epochs: int,
-    batch_size: int,
-    every: int,
-    seed: int,
-) -> Run:
-    """Trains one net with one optimizer.
+def _graph_of_loss(model: keras.Model, loss: str) -> Callable[..., tf.Tensor]:
+    function = keras.losses.get(loss)
+    return tf.function(
+        lambda inputs, targets: tf.reduce_mean(function(targets, model(inputs, training=False))),
+        autograph=False,
+        reduce_retracing=True,
+    )
+
+
+def _mean_loss(loss_of: Callable[..., tf.Tensor], inputs: np.ndarray, targets: np.ndarray) -> float:
+    """The mean loss over many examples."""
+    total = 0.0
+    for first in range(0, len(inputs), 1000):
+        chunk = slice(first, first + 1000)
+        total += float(loss_of(inputs[chunk], targets[chunk])) * len(inputs[chunk])
+    return total / len(inputs)
+
+
+def train(task: Task, optimizer: keras.Optimizer, name: str, seed: int) -> Run:
+    """Trains one net with one optimizer until the task is done.
 
     Args:
-        build: Makes the net, with the same initial weights every time.
+        task: The task.
         optimizer: The optimizer.
-        setting: What to call its setting.
-        data: The data set.
-        epochs: Number of epochs.
-        batch_size: Mini-batch size.
-        every: Iterations between measurements of the training loss.
-        seed: Seed of the order of the images.
+        name: What to call it.
+        seed: Seed of the weights and of the order of the examples.
 
     Returns:
         The run.
     """
-    model = build()
+    model = task.build(seed)
     if isinstance(optimizer, keras_kfc.KFC):
         keras_kfc.instrument(model)
-    model.compile(optimizer=optimizer, loss=LOSS, metrics=["accuracy"])
-    run = Run(type(optimizer).__name__, setting, model)
-
-    def batches():
-        images = tf.data.Dataset.from_tensor_slices((data.train_images, data.train_labels))
-        return images.shuffle(len(data.train_images), seed=seed).batch(batch_size).prefetch(2)
-
-    _start_up(run, batches())
-    curve = _LossCurve(run, data, every)
-    curve.measure()
-    model.fit(batches(), epochs=epochs, callbacks=[curve])
-    run.test_loss, run.test_accuracy = model.evaluate(
-        data.test_images, data.test_labels, batch_size=1000, verbose=0
-    )
+    model.compile(optimizer=optimizer, loss=task.loss)
+    batches = tf.data.Dataset.from_tensor_slices(task.train).cache()
+    batches = batches.shuffle(len(task.train[0]), seed=seed).batch(task.batch_size).prefetch(2)
+    run = Run(name, model)
+    columns = (TextColumn("{task.description:28}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(name, total=1.0)
+        watch = _Watch(run, task, lambda part: progress.update(bar, completed=part))
+        model.fit(batches, epochs=task.epochs, shuffle=False, verbose=0, callbacks=[watch])
+    inputs, targets = task.test
+    run.test_loss = _mean_loss(_graph_of_loss(model, task.loss), inputs, targets)
+    if task.counts:
+        run.test_accuracy = float(np.mean(model(inputs).numpy().argmax(axis=-1) == targets))
     return run
 
 
-def _start_up(run, batches):
-    """Traces and compiles the training step by running it once, and undoes that step."""
-    weights = run.model.get_weights()
-    begin = time.perf_counter()
-    optimizer = run.model.optimizer
-    optimizer.build(run.model.trainable_variables)
-    state = [variable.numpy() for variable in optimizer.variables]
-    run.model.fit(batches, steps_per_epoch=1, verbose=0)
-    run.start_up = time.perf_counter() - begin
-    run.model.set_weights(weights)
-    for variable, value in zip(optimizer.variables, state, strict=True):
-        variable.assign(value)
-
-
 def best(runs: Sequence[Run]) -> Run:
-    """The run with the lowest final training loss."""
-    return min(runs, key=lambda run: run.final_loss)
+    """The run that was done first; of those that were not, that with the lowest training loss."""
+    return min(
+        runs,
+        key=lambda run: (not run.reached, run.iterations[-1] if run.reached else run.final_loss),
+    )
 
 
-def table(runs: Sequence[Run], target: float) -> Table:
-    """A table of runs.
-
-    Args:
-        runs: The runs, one for each row.
-        target: Training loss for the columns that tell how soon it was reached.
-    """
-    result = Table(title="After training")
+def table(runs: Sequence[Run], task: Task) -> Table:
+    """A table of runs, with ratios to the first."""
+    result = Table(title=f"To a training loss of {task.target:g}")
     result.add_column("optimizer", no_wrap=True)
-    for heading in (
-        "iterations",
-        "seconds",
-        "start-up\nseconds",
-        "training\nloss",
-        "held-out\nloss",
-        "held-out\naccuracy",
-        f"iterations\nto {target:.3g}",
-        f"seconds\nto {target:.3g}",
-    ):
+    headings = ["iterations", "×", "seconds", "×", "of these, first step", "held-out loss"]
+    for heading in [*headings, "held-out accuracy"] if task.counts else headings:
         result.add_column(heading, justify="right")
+    first = runs[0]
     for run in runs:
-        reached = run.first_at(target)
-        result.add_row(
-            f"{run.family}({run.setting})",
-            f"{run.iterations[-1]:,}",
-            f"{run.seconds[-1]:.1f}",
+        more = "" if run.reached else ">"
+        cells = [
+            run.name,
+            f"{more}{run.iterations[-1]:,}",
+            f"{more}{run.iterations[-1] / first.iterations[-1]:.1f}",
+            f"{more}{run.seconds[-1]:.1f}",
+            f"{more}{run.seconds[-1] / first.seconds[-1]:.1f}",
             f"{run.start_up:.1f}",
-            f"{run.losses[-1]:.2g}",
-            f"{run.test_loss:.3f}",
-            f"{run.test_accuracy:.2%}",
-            "never" if reached is None else f"{reached[0]:,}",
-            "never" if reached is None else f"{reached[1]:.2f}",
-        )
+            f"{run.test_loss:.3g}",
+        ]
+        result.add_row(*cells, *([f"{run.test_accuracy:.2%}"] if task.counts else []))
     return result
 
 
@@ -210,9 +207,9 @@ def draw(runs: Sequence[Run], path: pathlib.Path, title: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for run, color in zip(runs, ("tab:blue", "tab:orange", "tab:green"), strict=False):
         for axis, horizontal in zip(axes, (run.iterations, run.seconds), strict=True):
-            label = f"{run.family}({run.setting})"
-            axis.plot(horizontal, run.losses, color=color, label=label, linewidth=2)
-    for axis, name in zip(axes, ("iterations", "seconds of training"), strict=True):
+            axis.plot(horizontal, run.losses, color=color, label=run.name, linewidth=2)
+            axis.plot(horizontal[-1], run.losses[-1], "o", color=color)
+    for axis, name in zip(axes, ("iterations", "seconds, with the first step"), strict=True):
         axis.set(xlabel=name, yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.set_xlim(left=0)

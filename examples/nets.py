@@ -20,6 +20,18 @@ def digits_net(seed: int = 1) -> keras.Model:
     )
 
 
+def digits_autoencoder(seed: int = 1) -> keras.Model:
+    """A deep autoencoder for the 64 pixels of a digit: 256-128-64-6-64-128-256 units."""
+    keras.utils.set_random_seed(seed)
+    widths = (256, 128, 64)
+    stack: list[keras.Layer] = [keras.Input((64,))]
+    stack += [layers.Dense(width, activation="tanh") for width in widths]
+    stack.append(layers.Dense(6))
+    stack += [layers.Dense(width, activation="tanh") for width in reversed(widths)]
+    stack.append(layers.Dense(64, activation="sigmoid"))
+    return keras.Sequential(stack)
+
+
 def fashion_net(seed: int = 1, batch_norm: bool = False) -> keras.Model:
     """A conv net of the paper's kind for 28x28 images: three convolutions, one dense layer."""
     keras.utils.set_random_seed(seed)

@@ -50,13 +50,25 @@ def test_quickstart_runs_as_a_script_from_anywhere(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for text in ("KFC()", "SGD(0.01, momentum=0.9)", "Adam(0.003)", "ms/step", "accuracy"):
+    for text in ("KFC()", "SGD(3.0, momentum=0.9)", "Adam(0.005)", "held-out loss"):
         assert text in done.stdout
     assert (tmp_path / "out" / "digits-quick.png").read_bytes().startswith(b"\x89PNG")
     served = tf.saved_model.load(str(tmp_path / "saved" / "digits-quick"))
-    data = load_digits()
-    accuracy = np.mean(served.serve(data.test_images).numpy().argmax(-1) == data.test_labels)
-    assert f"reads {accuracy:.2%} of held-out images right" in done.stdout
+    digits = quickstart.autoencoder(load_digits()).test[0]
+    error = np.mean(np.square(served.serve(digits).numpy() - digits))
+    assert f"loaded again: held-out loss {error:.3g}" in done.stdout
+
+
+def test_quickstart_shows_what_it_says(tmp_path):
+    """A third of the iterations at most, and no worse on digits that nobody trained on."""
+    options = quickstart.parse([])
+    ours, *baselines = quickstart.train_all(quickstart.autoencoder(load_digits()), options)
+    assert ours.reached and len(baselines) == 2
+    for other in baselines:
+        assert 3 * ours.iterations[-1] < other.iterations[-1]
+        assert ours.test_loss < 1.02 * other.test_loss
+        # A baseline that does not train would lose as well.
+        assert other.final_loss < 0.01
 
 
 def test_quickstart_on_idx_files(tmp_path, fashion_folder, capsys):
@@ -167,9 +179,12 @@ def test_missing_data_is_an_error_of_its_own():
 
 
 def test_diverged_runs_are_never_the_best():
-    diverged = Run("SGD", "1", None, losses=[float("nan")])
-    fine = Run("SGD", "0.1", None, losses=[0.5])
+    diverged = Run("SGD(1)", None, iterations=[3], losses=[float("nan")])
+    fine = Run("SGD(0.1)", None, iterations=[9], losses=[0.5])
     assert best([diverged, fine]) is fine
+    done = Run("SGD(0.2)", None, iterations=[9], losses=[0.6], reached=True)
+    sooner = Run("SGD(0.3)", None, iterations=[8], losses=[0.6], reached=True)
+    assert best([diverged, fine, done, sooner]) is sooner
 
 
 def test_custom_loop_refuses_no_epochs(capsys):
