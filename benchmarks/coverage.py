@@ -1,9 +1,9 @@
 """How much of well-known networks has a block of the curvature.
 
-`python -m benchmarks.coverage` builds one network of every family in `keras.applications`, and
-those of `benchmarks.family_nets`, and prints for each the share of its parameters with a block and
-what the optimizer takes beside them; with `--steps`, also the seconds of the first step and the
-milliseconds of the others, for KFC() and Adam.
+`python -m benchmarks.coverage` builds one network of every family in `keras.applications`, those of
+`benchmarks.family_nets`, a GRU, an autoencoder and the discriminator of a DCGAN. It prints for each
+the share of its parameters with a block and what the optimizer takes beside them; with `--steps`,
+also the seconds of the first step and the milliseconds of the others, for KFC() and Adam.
 """
 
 import argparse
@@ -17,10 +17,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from keras import layers
 from rich.console import Console
 from rich.table import Table
 
 import keras_kfc
+from benchmarks.deep import NETS
 from benchmarks.family_nets import FAMILIES
 from keras_kfc.layers.groups import parameter_groups
 
@@ -41,6 +43,14 @@ APPLICATIONS = (
     "VGG16",
     "Xception",
 )
+
+
+def _gated() -> keras.Model:
+    """A net of two GRUs, one of them in both directions, on rows of images."""
+    recurrent = layers.Bidirectional(layers.GRU(64, return_sequences=True))
+    return keras.Sequential(
+        [keras.Input((28, 28)), recurrent, layers.GRU(64), layers.Dense(10, "softmax")]
+    )
 
 
 def share_with_block(model: keras.Model) -> float:
@@ -80,6 +90,8 @@ def main() -> None:
         for name in APPLICATIONS
     }
     builders |= {name: build for name, (build, _) in FAMILIES.items()}
+    builders |= {name: NETS[name][0] for name in ("autoencoder", "discriminator")}
+    builders["gru"] = _gated
     table = Table(title="Parameters with a block, and what KFC() takes beside the weights")
     headings = ["network", "parameters", "with a block", "blocks", "memory, of Adam's"]
     if arguments.steps:

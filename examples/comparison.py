@@ -206,7 +206,8 @@ def draw(runs: Sequence[Run], path: pathlib.Path, title: str) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for run, color in zip(runs, ("tab:blue", "tab:orange", "tab:green"), strict=False):
-        for axis, horizontal in zip(axes, (run.iterations, run.seconds), strict=True):
+        horizontals: tuple[Sequence[float], Sequence[float]] = (run.iterations, run.seconds)
+        for axis, horizontal in zip(axes, horizontals, strict=True):
             axis.plot(horizontal, run.losses, color=color, label=run.name, linewidth=2)
             axis.plot(horizontal[-1], run.losses[-1], "o", color=color)
     for axis, name in zip(axes, ("iterations", "seconds, with the first step"), strict=True):

@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     task = (autoencoder if options.dataset == "digits" else classifier)(data)
     task = dataclasses.replace(task, epochs=options.epochs or task.epochs)
     if options.quick:
-        task = dataclasses.replace(task, epochs=1, train=tuple(part[:320] for part in task.train))
+        inputs, targets = task.train
+        task = dataclasses.replace(task, epochs=1, train=(inputs[:320], targets[:320]))
     runs = train_all(task, options)
     # A short run does not overwrite what a real one left.
     name = f"{options.dataset}-quick" if options.quick else options.dataset

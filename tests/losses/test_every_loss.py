@@ -129,19 +129,9 @@ class Own(keras.losses.Loss):
         return tf.reduce_mean(tf.square(y_true - y_pred) ** 2, axis=-1)
 
 
-@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "loss",
-    few(
-        [
-            in_batch_contrast,
-            pytest.param(scalar, marks=pytest.mark.slow),
-            pytest.param(elementwise, marks=pytest.mark.slow),
-            Own(),
-        ],
-        1,
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+@pytest.mark.parametrize("loss", [in_batch_contrast, scalar, elementwise, Own()])
 def test_losses_of_a_users_own_train_and_one_line_tells(loss, fisher, caplog):
     with caplog.at_level(logging.INFO, "keras_kfc"):
         values, _ = history_of(

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import few
 from naive_moments import naive_moment, normal
 
 from conftest import relative_error
@@ -44,10 +43,9 @@ def expected_of(case, channels):
     return naive_moment(normal(2, *size, channels), kernel, strides, padding, dilation)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager_functions")
-@pytest.mark.parametrize(
-    "form", few(["windows", *(form for form in FORMS if form != "windows")], 1)
-)
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_equals_loops_over_positions(form):
     for case in CASES:
         kernel, strides, padding, dilation, size = case

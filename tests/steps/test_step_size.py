@@ -185,6 +185,7 @@ def test_a_negative_loss_trains():
     assert before > -0.5 and after < -0.9
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_the_large_batch():
     """At the default options, but for draws, which cannot be the same."""
     x, y = data(examples=512)

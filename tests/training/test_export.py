@@ -108,6 +108,7 @@ def test_saved_model_is_that_of_the_plain_model(export, models, tmp_path):
         np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
+@pytest.mark.slow
 def test_a_model_in_training_mode_would_show(models, tmp_path):
     """Negative control: the counts see an additional operation."""
     plain, other = models["plain"], models["instrumented"]
