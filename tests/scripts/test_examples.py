@@ -59,7 +59,7 @@ def test_quickstart_runs_as_a_script_from_anywhere(tmp_path):
     assert f"loaded again: held-out loss {error:.3g}" in done.stdout
 
 
-def test_quickstart_shows_what_it_says(tmp_path):
+def test_quickstart_shows_what_it_says():
     """A third of the iterations at most, and no worse on digits that nobody trained on."""
     options = quickstart.parse([])
     ours, *baselines = quickstart.train_all(quickstart.autoencoder(load_digits()), options)
