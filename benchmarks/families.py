@@ -140,6 +140,7 @@ def compare(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
         for runs in best.values():
             seconds = ours[-1].seconds if arguments.budget == "seconds" else None
             runs.append(train(family, runs[0].setting, seed, arguments.iterations, seconds))
+            print(family, runs[-1], flush=True)
     return {"family": family, "kfc": ours, "baselines": best}
 
 
@@ -179,12 +180,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT / "families.json")
     arguments = parser.parse_args()
-    rows = [compare(family, arguments) for family in arguments.families]
-    print_table(rows)
-    content = {"machine": describe_machine(), "budget": arguments.budget, "rows": rows}
+    rows = []
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, default=dataclasses.asdict)
-    arguments.output.write_text(text + "\n")
+    for family in arguments.families:
+        rows.append(compare(family, arguments))
+        content = {"machine": describe_machine(), "budget": arguments.budget, "rows": rows}
+        text = json.dumps(content, indent=1, default=dataclasses.asdict)
+        arguments.output.write_text(text + "\n")
+    print_table(rows)
 
 
 if __name__ == "__main__":
