@@ -3,7 +3,8 @@
 `python -m benchmarks.families` trains each network of `benchmarks.family_nets` with KFC() for a
 number of iterations, and with Adam, AdamW, Muon and SGD at the best of five learning rates each,
 for as many iterations as they do in KFC's seconds (start-up included), or with `--budget
-iterations` for as many. The best is chosen by the training loss of the first seed.
+iterations` for as many. The best is chosen by the training loss of the first seed, in a part of the
+budget with `--tuning`, and the kinds that are best of all train for the other seeds, too.
 """
 
 import argparse
@@ -117,31 +118,37 @@ def _layers(model: keras.Model) -> list[keras.Layer]:
 
 
 def compare(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """KFC's runs, and those of each kind of baseline at its best learning rate, for all seeds."""
+    """KFC's runs, and those of the best baselines at their best learning rates, for all seeds."""
     exclude = tuple(arguments.exclude)
-    first, *others = arguments.seeds
-    ours = [train(family, arguments.kfc, first, arguments.iterations, exclude=exclude)]
-    print(family, ours[0], flush=True)
-    best: dict[str, list[Run]] = {}
-    for kind in arguments.baselines:
-        runs = []
-        for rate in RATES[kind]:
-            setting = (
-                f"{kind}({float(rate)!r}, momentum=0.9)"
-                if kind == "SGD"
-                else f"{kind}({float(rate)!r})"
-            )
-            seconds = ours[0].seconds if arguments.budget == "seconds" else None
-            runs.append(train(family, setting, first, arguments.iterations, seconds))
-            print(family, runs[-1], flush=True)
-        best[kind] = [min(runs, key=lambda run: run.loss if run.loss == run.loss else np.inf)]
-    for seed in others:
+
+    def baseline(setting: str, seed: int, budget: Run, share: float = 1.0) -> Run:
+        iterations = int(share * arguments.iterations)
+        seconds = share * budget.seconds if arguments.budget == "seconds" else None
+        run = train(family, setting, seed, iterations, seconds)
+        print(family, seed, share, run, flush=True)
+        return run
+
+    ours = []
+    for seed in arguments.seeds:
         ours.append(train(family, arguments.kfc, seed, arguments.iterations, exclude=exclude))
-        for runs in best.values():
-            seconds = ours[-1].seconds if arguments.budget == "seconds" else None
-            runs.append(train(family, runs[0].setting, seed, arguments.iterations, seconds))
-            print(family, runs[-1], flush=True)
-    return {"family": family, "kfc": ours, "baselines": best}
+        print(family, seed, ours[-1], flush=True)
+    tuned = {}
+    for kind in arguments.baselines:
+        suffix = ", momentum=0.9" if kind == "SGD" else ""
+        settings = [f"{kind}({float(rate)!r}{suffix})" for rate in RATES[kind]]
+        runs = [baseline(one, arguments.seeds[0], ours[0], arguments.tuning) for one in settings]
+        tuned[kind] = min(runs, key=_loss)
+    finalists = sorted(tuned, key=lambda kind: _loss(tuned[kind]))[: arguments.finalists]
+    best: dict[str, list[Run]] = {kind: [] for kind in finalists}
+    for seed, own in zip(arguments.seeds, ours, strict=True):
+        for kind, runs in best.items():
+            known = arguments.tuning == 1 and seed == arguments.seeds[0]
+            runs.append(tuned[kind] if known else baseline(tuned[kind].setting, seed, own))
+    return {"family": family, "kfc": ours, "baselines": best, "tuned": tuned}
+
+
+def _loss(run: Run) -> float:
+    return run.loss if run.loss == run.loss else np.inf
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -177,6 +184,8 @@ def main() -> None:
     parser.add_argument("--exclude", nargs="*", default=[], help="Keras classes without a block")
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--budget", choices=("seconds", "iterations"), default="seconds")
+    parser.add_argument("--tuning", type=float, default=1.0, help="part of the budget")
+    parser.add_argument("--finalists", type=int, default=4, help="baselines with all seeds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT / "families.json")
     arguments = parser.parse_args()

@@ -20,8 +20,8 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
-# A script for a process of its own, which sets up devices.
-collect_ignore = ["contracts/placement_checks.py"]
+# Scripts for processes of their own, which set up devices.
+collect_ignore = ["contracts/placement_checks.py", "placement/worker_cases.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_kfc._compat.multi_worker_fit import mend_fit
+
 
 class WholeStepOptimizer(keras.optimizers.Optimizer):
     """An optimizer whose step is one method, `take_step`, for all variables."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        mend_fit()
 
     def take_step(
         self, gradients: Sequence[Any], variables: Sequence[Any], learning_rate: Any

@@ -8,16 +8,18 @@ folder with a class that `@structure("name")` registers.
 Shapes: a layer's weights with bias are one matrix `(G, n, m)` as in `keras_kfc.maps.api`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import LinearMap
 from keras_kfc.passes.products import GradientProduct
 from keras_kfc.passes.statistics import BatchStatistics, Moments
+from keras_kfc.placement.averages import WeightedVariables
 
 
 class BlockLayout(Moments, Protocol):
@@ -34,6 +36,10 @@ class BlockLayout(Moments, Protocol):
     @property
     def factor_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the averages over batches, by name, in the order of a batch's moments."""
+
+    @property
+    def symmetric_factors(self) -> Container[str]:
+        """Names of the averages that are stacks of symmetric matrices, as their inverses are."""
 
     @property
     def inverse_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -73,8 +79,9 @@ class CurvatureBlock(Protocol):
     ) -> tf.Tensor:
         """Moves the averages towards the moments of a batch; returns whether it was refused."""
 
-    def average_over_replicas(self) -> None:
-        """Gives all replicas the same factors; in cross-replica context."""
+    @property
+    def averages(self) -> WeightedVariables:
+        """The averages over batches, and what those of a replica count."""
 
     def multiply(self, weights: tf.Tensor) -> tf.Tensor:
         """The damped inverse times a matrix of the layer's weights, `(G, n, m)`."""
@@ -112,7 +119,9 @@ class Refresh(Protocol):
     def size(self) -> float:
         """Number of their rows, which is that of the parameters."""
 
-    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+    def run(
+        self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
+    ) -> list[tf.Tensor]:
         """Computes and stores the inverses.
 
         Args:
@@ -120,6 +129,7 @@ class Refresh(Protocol):
                 in units of the mean eigenvalue of each block.
             network_mean: Mean eigenvalue of the whole curvature, a scalar, for blocks without
                 one of their own; or None.
+            invert: What inverts stacks of matrices.
 
         Returns:
             For each block whether its new inverses were refused as not finite.
@@ -181,7 +191,11 @@ class Curvature(Protocol):
         """Moves all factors towards those of a batch; returns how many blocks refused."""
 
     def refresh(
-        self, damping: tf.Tensor, relative: bool, blocks: Sequence[CurvatureBlock] | None = None
+        self,
+        damping: tf.Tensor,
+        relative: bool,
+        blocks: Sequence[CurvatureBlock] | None = None,
+        invert: Invert = invert_stacks,
     ) -> tf.Tensor:
         """Inverts factors anew, of some blocks or all; returns how many kept their inverses."""
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import BlockLayout
 from keras_kfc.linalg.precision import all_finite
-from keras_kfc.placement.current import current_placement
+from keras_kfc.placement.averages import WeightedVariables
 
 
 class AveragedBlock:
@@ -103,18 +103,14 @@ class AveragedBlock:
             for part in parts
         ]
 
-    def average_over_replicas(self) -> None:
-        """Gives all replicas the average of their factors; in cross-replica context.
+    @property
+    def averages(self) -> WeightedVariables:
+        """The factors, with what a replica's copies of them count.
 
-        Each replica counts with its weight: one that has left out batches has seen less.
+        A replica that has left out batches has seen less.
         """
-        placement = current_placement()
-        if placement.count == 1:
-            return
-        weights = [tf.convert_to_tensor(weight) for weight in placement.copies(self.ema_weight)]
-        for factor in self._factors.values():
-            placement.average(factor, weights)
-        self.ema_weight.value.assign(tf.reduce_max(weights))
+        symmetric = [name in self.layout.symmetric_factors for name in self._factors]
+        return WeightedVariables(self.ema_weight, list(self._factors.values()), symmetric)
 
     def store_inverses(self, inverses: Sequence[tf.Tensor]) -> tf.Tensor:
         """Takes over new inverses, or keeps the last good ones.

@@ -12,10 +12,12 @@ from keras_kfc.curvature.choice import planned_blocks
 from keras_kfc.curvature.products import directions_by_rows
 from keras_kfc.layers.instrumented import layer_of_kernel
 from keras_kfc.linalg.precision import factor_dtype
+from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.passes.capture import Capture
 from keras_kfc.passes.products import GradientProduct
 from keras_kfc.passes.statistics import BatchStatistics
-from keras_kfc.placement.current import current_placement
+from keras_kfc.placement.api import Placement
+from keras_kfc.placement.averages import average
 
 _logger = logging.getLogger("keras_kfc")
 
@@ -128,23 +130,28 @@ class BlockDiagonal:
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
-    def average_over_replicas(self, blocks: Sequence[CurvatureBlock] | None = None) -> None:
-        """Gives all replicas the same factors, of some blocks or all; in cross-replica context."""
-        for block in self.blocks if blocks is None else blocks:
-            block.average_over_replicas()
+    def average_over_replicas(self, placement: Placement) -> None:
+        """Gives all replicas the same factors; in cross-replica context."""
+        average(placement, [block.averages for block in self.blocks])
+
+    def may_move(self) -> tf.Tensor:
+        """Whether some layer may get its first factors though none are due, a boolean scalar."""
+        inverted = [b.has_inverses for b in self.blocks if b.kernel_index in self._captured]
+        # Replicas may differ in who has factors, and not in who has inverses.
+        return tf.reduce_any(tf.equal(_stacked([*inverted, 1.0]), 0))
 
     def missing_inverses(self, blocks: Sequence[CurvatureBlock]) -> tf.Tensor:
         """Whether any of some blocks has factors but no inverses yet, a boolean scalar."""
-        copies = zip(
-            *(current_placement().copies(block.ema_weight) for block in blocks), strict=True
-        )
-        # Of a block, any replica's.
-        weights = tf.add_n([_stacked(weights) for weights in copies])
+        weights = _stacked([block.ema_weight for block in blocks])
         without = tf.equal(_stacked([block.has_inverses for block in blocks]), 0)
         return tf.reduce_any((weights > 0) & without)
 
     def refresh(
-        self, damping: tf.Tensor, relative: bool, blocks: Sequence[CurvatureBlock] | None = None
+        self,
+        damping: tf.Tensor,
+        relative: bool,
+        blocks: Sequence[CurvatureBlock] | None = None,
+        invert: Invert = invert_stacks,
     ) -> tf.Tensor:
         """Inverts factors anew.
 
@@ -153,6 +160,7 @@ class BlockDiagonal:
             relative: Whether it is in units of each block's mean eigenvalue; a block without one
                 gets that of the blocks together.
             blocks: The blocks, or None for all.
+            invert: What inverts stacks of matrices.
 
         Returns:
             Number of blocks that kept their old inverses because the new ones
@@ -169,7 +177,9 @@ class BlockDiagonal:
             traces = [tf.cast(refresh.trace, dtype) for refresh in refreshes]
             total = traces[0] if len(traces) == 1 else tf.add_n(traces)
             network_mean = total / sum(refresh.size for refresh in refreshes)
-        refused = [part for refresh in refreshes for part in refresh.run(damping, network_mean)]
+        refused = [
+            part for refresh in refreshes for part in refresh.run(damping, network_mean, invert)
+        ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
     def natural_gradient(

@@ -18,6 +18,7 @@ from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
 from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
 from keras_kfc.linalg.precision import resolution
+from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import LinearMap
 
 # Bytes of single examples' derivatives, and of what they are made of, that are held at a time.
@@ -26,6 +27,8 @@ _SLICE_BYTES = 2**27
 
 class DiagonalLayout(LayoutOfExamples):
     """What the diagonal of one layer's block is measured from."""
+
+    symmetric_factors = frozenset[str]()
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -125,8 +128,11 @@ class DiagonalRefresh:
         """Number of entries."""
         return float(sum(part.shape.num_elements() for part in self._diagonals))
 
-    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+    def run(
+        self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
+    ) -> list[tf.Tensor]:
         """Inverts all diagonals; those of a group share the damping."""
+        del invert
         return [
             block.store_inverses([_damped_inverse(diagonal, damping, network_mean)])
             for block, diagonal in zip(self._blocks, self._diagonals, strict=True)

@@ -16,8 +16,8 @@ from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
 from keras_kfc.curvature.shared import TableStructure
 from keras_kfc.linalg.damping import block_damping
-from keras_kfc.linalg.inverse import damped_inverse
 from keras_kfc.linalg.precision import resolution
+from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import output_factor
 from keras_kfc.maps.embedding import EmbeddingMap
 
@@ -33,6 +33,7 @@ class DiagonalInputLayout:
     linear_map: EmbeddingMap
     use_bias = False
     needs_inputs = False
+    symmetric_factors = frozenset({"gamma"})
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -141,16 +142,24 @@ class DiagonalInputRefresh:
         maps = [block.layout.linear_map for block in self._blocks]
         return float(sum(linear_map.inputs * linear_map.outputs for linear_map in maps))
 
-    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+    def run(
+        self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
+    ) -> list[tf.Tensor]:
         """Inverts the factors of all tables."""
         return [
-            block.store_inverses(inverses_of(block.counts, block.gamma, damping, network_mean))
+            block.store_inverses(
+                inverses_of(block.counts, block.gamma, damping, network_mean, invert)
+            )
             for block in self._blocks
         ]
 
 
 def inverses_of(
-    counts: tf.Tensor, gamma: tf.Tensor, damping: tf.Tensor, network_mean: tf.Tensor | None
+    counts: tf.Tensor,
+    gamma: tf.Tensor,
+    damping: tf.Tensor,
+    network_mean: tf.Tensor | None,
+    invert: Invert,
 ) -> list[tf.Tensor]:
     """Damped inverses of a diagonal factor, `(V,)`, and a whole one, `(1, m, m)`."""
     mean = tf.reduce_mean(counts)
@@ -159,7 +168,7 @@ def inverses_of(
     # As in `damped_inverse`: a token that never came is not divided by rounding errors.
     smallest = counts.dtype.as_numpy_dtype(10 * resolution(counts.dtype))
     scales = 1 / (counts + tf.maximum(shift, smallest * mean))
-    return [scales, damped_inverse(gamma, gamma_shift[None])]
+    return [scales, *invert([gamma], [gamma_shift[None]])]
 
 
 @structure("diagonal_input")

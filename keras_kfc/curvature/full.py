@@ -17,12 +17,14 @@ import tensorflow as tf
 from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
 from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
-from keras_kfc.linalg.inverse import damped_inverse
+from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import LinearMap
 
 
 class FullLayout(LayoutOfExamples):
     """What the Fisher matrices of one layer's groups are measured from."""
+
+    symmetric_factors = frozenset({"full"})
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -103,18 +105,21 @@ class FullRefresh:
         """Number of rows of all matrices."""
         return float(sum(part.shape[0] * part.shape[1] for part in self._matrices))
 
-    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+    def run(
+        self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
+    ) -> list[tf.Tensor]:
         """Inverts all matrices, those of a size together; those of a layer share the damping."""
         shifts = [_shift(matrix, damping, network_mean) for matrix in self._matrices]
         sizes: dict[tuple[int, tf.DType], list[int]] = {}
         for place, matrix in enumerate(self._matrices):
             sizes.setdefault((matrix.shape[1], matrix.dtype), []).append(place)
         inverses: dict[int, tf.Tensor] = {}
-        for places in sizes.values():
-            counts = [self._matrices[place].shape[0] for place in places]
-            stack = tf.concat([self._matrices[place] for place in places], axis=0)
-            shift = tf.concat([shifts[place] for place in places], axis=0)
-            parts = tf.split(damped_inverse(stack, shift), counts)
+        stacks = invert(
+            [tf.concat([self._matrices[place] for place in own], axis=0) for own in sizes.values()],
+            [tf.concat([shifts[place] for place in own], axis=0) for own in sizes.values()],
+        )
+        for places, stack in zip(sizes.values(), stacks, strict=True):
+            parts = tf.split(stack, [self._matrices[place].shape[0] for place in places])
             inverses.update(zip(places, parts, strict=True))
         return [block.store_inverses([inverses[place]]) for place, block in enumerate(self._blocks)]
 

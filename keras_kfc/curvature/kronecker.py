@@ -17,7 +17,7 @@ from keras_kfc.curvature.averaging import AveragedBlock
 from keras_kfc.curvature.layout import KroneckerLayout, layout_of
 from keras_kfc.curvature.shared import BlockStructure
 from keras_kfc.linalg.damping import block_traces
-from keras_kfc.linalg.stacks import invert_blocks
+from keras_kfc.linalg.stacks import Invert, invert_blocks, invert_stacks
 from keras_kfc.maps.api import LinearMap
 
 
@@ -113,9 +113,13 @@ class KroneckerRefresh:
         """Number of rows of `Ω ⊗ Γ`, of all blocks together."""
         return self._traces.size
 
-    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+    def run(
+        self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
+    ) -> list[tf.Tensor]:
         """Inverts all factors."""
-        inverses = invert_blocks(self._omegas, self._gammas, self._traces, damping, network_mean)
+        inverses = invert_blocks(
+            self._omegas, self._gammas, self._traces, damping, network_mean, invert
+        )
         return [
             block.store_inverses(pair)
             for block, pair in zip(self._blocks, zip(*inverses, strict=True), strict=True)

@@ -13,7 +13,8 @@ of a layer `(G, n, m)` as in `keras_kfc.maps.api`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -41,6 +42,7 @@ class KroneckerLayout:
     input_parts: int = 1
     output_parts: int = 1
     weight_sharing: str = "expand"
+    symmetric_factors: ClassVar[Container[str]] = frozenset({"omega", "gamma"})
 
     @property
     def _positions(self) -> int:

@@ -30,6 +30,7 @@ from keras_kfc.curvature.diagonal_input import (
 from keras_kfc.curvature.shared import TableStructure
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.linalg.products import gram
+from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import masked, output_factor
 from keras_kfc.maps.embedding import EmbeddingMap
 
@@ -47,6 +48,7 @@ class TiedLayout:
     linear_map: EmbeddingMap
     use_bias = False
     needs_inputs = True
+    symmetric_factors = frozenset({"hidden", "gamma"})
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -156,10 +158,12 @@ class TiedRefresh(DiagonalInputRefresh):
                 total += tf.cast(tf.reduce_sum(rows) * tf.linalg.trace(columns)[0], dtype)
         return total
 
-    def run(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> list[tf.Tensor]:
+    def run(
+        self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
+    ) -> list[tf.Tensor]:
         """Inverts the factors of all tables."""
         return [
-            block.store_inverses(inverses_of(*block.combined(), damping, network_mean))
+            block.store_inverses(inverses_of(*block.combined(), damping, network_mean, invert))
             for block in self._blocks
         ]
 

@@ -52,6 +52,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "structure": lambda name, value: check_choice(name, value, _structures()),
     "weight_sharing": _or_none(lambda name, value: check_choice(name, value, WEIGHT_SHARING)),
     "max_factor_dim": _or_none(check_positive_integer),
+    "shard_inverses": check_boolean,
     "adam_lr_ratio": _number(),
     "seed": lambda name, value: check_seed(value),
 }

@@ -1,7 +1,4 @@
-"""KFC: momentum gradient descent preconditioned by Kronecker factors.
-
-The class holds the arguments and the parts (`keras_kfc.optimizer.parts`), and gives each its turn.
-"""
+"""KFC, which holds the arguments and the parts (`keras_kfc.optimizer.parts`)."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -12,6 +9,7 @@ import keras
 from keras_kfc._compat.keras_internals import compile_loss
 from keras_kfc._compat.whole_step import WholeStepOptimizer
 from keras_kfc.optimizer import arguments, resuming
+from keras_kfc.optimizer.alike import check_workers
 from keras_kfc.optimizer.hyperparameter import Hyperparameter
 from keras_kfc.optimizer.memory import MemoryUsage, usage_of
 from keras_kfc.optimizer.notices import Notices
@@ -95,6 +93,7 @@ class KFC(WholeStepOptimizer):
             or less (a convolution's kernel positions stay together), which is logged as
             information; None for no limit. A factor of n rows takes `8 n²` bytes with its
             inverse, and about `n³` products each time it is inverted. Defaults to `512`.
+        shard_inverses: Whether replicas share out the work of inverses. Defaults to `True`.
         adam_lr_ratio: That of the fallback rule over `learning_rate`. Defaults to `0.2`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
         name: Name of the optimizer. Defaults to `"kfc"`, with a number where that is taken.
@@ -155,6 +154,7 @@ class KFC(WholeStepOptimizer):
         structure: str = "kronecker",
         weight_sharing: str | None = None,
         max_factor_dim: int | None = 512,
+        shard_inverses: bool = True,
         adam_lr_ratio: float = 0.2,
         seed: int | None = None,
         weight_decay: float | None = 0.02,
@@ -201,6 +201,7 @@ class KFC(WholeStepOptimizer):
         """Creates factors, inverses and momenta for a list of trainable variables."""
         if self.built:
             return
+        check_workers(self, variables)
         self.waiting.before_build = frozenset(map(id, self.variables))
         super().build(variables)
         self.parts = parts_of(self, variables, self.waiting.all_left_out())
@@ -248,9 +249,9 @@ class KFC(WholeStepOptimizer):
         self, gradients: Sequence[Any], variables: Sequence[Any], learning_rate: Any
     ) -> None:
         """Takes a step with all gradients at once; Keras calls this."""
-        current_placement().run_once(self.parts.measuring.refresh_inverses)
+        current_placement().run_once(self.parts.measuring.refresh)
         by_index = {self.index_of(variable): variable for variable in variables}
-        self.parts.update.take(by_index, gradients, self.clipped(gradients), learning_rate)
+        self.parts.update.take(by_index, gradients, self.clipped, learning_rate)
 
     def has_block(self, kernel: keras.Variable) -> bool:
         """Whether a kernel variable has a block, or may get one in `build`."""

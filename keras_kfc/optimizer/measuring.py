@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_kfc.curvature.api import CurvatureBlock
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
 from keras_kfc.curvature.turns import turns
+from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.losses.derivatives import output_derivatives
 from keras_kfc.losses.lowest import loss_lower_bound
 from keras_kfc.losses.terms import loss_terms
@@ -25,7 +26,9 @@ from keras_kfc.passes.statistics import (
     measure,
     measure_ordinary,
 )
+from keras_kfc.placement.averages import add_up
 from keras_kfc.placement.current import current_placement, replica_number
+from keras_kfc.placement.sharded import spread
 from keras_kfc.steps.api import DampingRule
 from keras_kfc.steps.loss_trend import Progress
 from keras_kfc.utils.branches import run_if
@@ -120,6 +123,23 @@ class Measuring:
             capture, batch_size, lambda sample: measure_ordinary(capture, scale, sample, layouts)
         )
 
+    def refresh(self) -> None:
+        """What follows the forward passes of all replicas; in cross-replica context."""
+        self.average_over_replicas()
+        self.refresh_inverses()
+
+    def average_over_replicas(self) -> None:
+        """Gives all replicas the same factors if any may have moved; in cross-replica context."""
+        curvature, settings, placement = self._curvature, self._settings, current_placement()
+        if placement.count == 1 or not curvature.blocks:
+            return
+
+        def agree() -> None:
+            curvature.average_over_replicas(placement)
+            add_up(placement, settings.rejected_factor_updates)
+
+        run_if(self._is_due(settings.curvature_update_period) | curvature.may_move(), agree)
+
     def refresh_inverses(self) -> None:
         """Inverts the factors anew that are due; in cross-replica context."""
         curvature, period = self._curvature, self._settings.inverse_update_period
@@ -133,9 +153,11 @@ class Measuring:
             )
 
     def _refresh(self, blocks: Sequence[CurvatureBlock]) -> None:
-        self._curvature.average_over_replicas(blocks)
         damping, relative = self._damping.damping(), self._damping.relative
-        refused = self._curvature.refresh(damping, relative, blocks)
+        invert: Invert = invert_stacks
+        if self._settings.shard_inverses:
+            invert = functools.partial(spread, current_placement(), invert_stacks)
+        refused = self._curvature.refresh(damping, relative, blocks, invert)
         self._settings.rejected_inverse_updates.assign_add(tf.cast(refused, tf.int64))
 
     def _can_use(self, capture: Capture) -> bool:
@@ -198,17 +220,18 @@ class Measuring:
     def _observe_loss(
         self, value: tf.Tensor, attainable: tf.Tensor | None, examples: tf.Tensor
     ) -> None:
-        known: Any = False
+        unknown = tf.ones(())
         if attainable is not None:
             known = tf.math.is_finite(attainable)
             value = tf.cast(value, tf.float32) - tf.where(known, attainable, 0.0)
+            unknown = tf.where(known, 0.0, 1.0)
         # Keras divides each replica's loss by their number.
-        excess, examples = current_placement().sum(
-            [tf.cast(value, tf.float32), tf.cast(examples, tf.float32)]
+        excess, examples, unknown = current_placement().sum(
+            [tf.cast(value, tf.float32), tf.cast(examples, tf.float32), unknown]
         )
         steps = self._settings.gradient_accumulation_steps
         complete = None if steps is None else tf.equal((self._settings.batches + 1) % steps, 0)
-        self._progress.observe(excess, known, examples, complete)
+        self._progress.observe(excess, tf.equal(unknown, 0), examples, complete)
 
     def _total_loss_scale(self, capture: Capture) -> Any:
         """What the loss was multiplied by before the ordinary backward pass."""

@@ -69,11 +69,6 @@ def save(optimizer: Any, store: Any) -> None:
         write_state(store, optimizer.waiting.stored)
         return
     curvature = _curvature_of(optimizer)
-    if curvature is not None:
-        # Of several replicas, the copies of the first are stored. Averaging now or when
-        # inverses are due comes to the same.
-        with optimizer.in_strategy():
-            curvature.average_over_replicas()
     state = StoredState(
         [variable.numpy() for variable in optimizer.variables],
         roles_of(optimizer.variables, curvature),

@@ -1,6 +1,6 @@
 """One step of the optimizer, given its curvature: directions, size, momentum, decay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -62,7 +62,7 @@ class Update:
         self,
         variables: Mapping[int, Any],
         gradients: Sequence[Any],
-        clipped: Sequence[Any],
+        clip: Callable[[Sequence[Any]], Sequence[Any]],
         learning_rate: tf.Tensor,
     ) -> None:
         """Takes one step; one whose gradients are not finite is counted and left out.
@@ -70,16 +70,20 @@ class Update:
         Args:
             variables: The variables by index, in the order of the gradients.
             gradients: Their gradients on this replica, tensors or `tf.IndexedSlices`.
-            clipped: The gradients to step along; `gradients` itself if nothing is clipped.
+            clip: Makes gradients the ones to step along; returns what it gets if nothing is to
+                be clipped.
             learning_rate: A scalar.
         """
         settings = self._settings
+        # Clipping is that of one device with the whole batch.
+        gradients = _summed(gradients)
+        clipped = clip(gradients)
         rows = self._rows_looked_up(variables, gradients) if clipped is gradients else {}
-        summed = _summed(variables, clipped, rows)
+        summed = _by_index(variables, clipped, rows)
         products = self._products_of(gradients, clipped)
         directions = directions_of(self._curvature, summed, rows, products)
         slopes = clipped_slopes = _slopes(directions, summed)
-        whole = summed if clipped is gradients else _summed(variables, gradients, rows)
+        whole = summed if clipped is gradients else _by_index(variables, gradients, rows)
         if clipped is not gradients and settings.polyak_scaling is not None:
             # Clipping makes a step shorter. The smaller promise of a clipped gradient would
             # make it longer.
@@ -256,10 +260,20 @@ def _slopes(directions: Directions, gradients: Mapping[int, tf.Tensor]) -> tf.Te
     return tf.stack([directions.slope(gradients, among) for among in (others, tables)])
 
 
-def _summed(
+def _summed(gradients: Sequence[Any]) -> Sequence[Any]:
+    """Gradients of the whole batch: themselves on one replica, sums over all on several."""
+    placement = current_placement()
+    if placement.count == 1:
+        return gradients
+    return placement.sum(list(map(tf.convert_to_tensor, gradients)))
+
+
+def _by_index(
     variables: Mapping[int, Any], gradients: Sequence[Any], without: Mapping[int, Any]
 ) -> dict[int, tf.Tensor]:
-    """Gradients summed over replicas, by index."""
-    kept = {i: g for i, g in zip(variables, gradients, strict=True) if i not in without}
-    parts = map(tf.convert_to_tensor, current_placement().sum(list(kept.values())))
-    return dict(zip(kept, parts, strict=True))
+    """Gradients as tensors, by index."""
+    return {
+        index: tf.convert_to_tensor(gradient)
+        for index, gradient in zip(variables, gradients, strict=True)
+        if index not in without
+    }

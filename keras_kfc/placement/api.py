@@ -1,9 +1,8 @@
 """Where a training runs, and what that means for sums over batches and for variables.
 
 Each replica takes statistics from its own part of the batch into its own copies of the factors.
-Gradients are summed in every step; factors are averaged when inverses are due, which is
-enough, because an average of moving averages is the moving average of the average.
-All replicas then take the same step.
+The copies are averaged in the same step, before anything uses them; gradients are summed in every
+step. So all replicas take the same step, and have the same state whenever a step is over.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,48 +13,63 @@ import tensorflow as tf
 
 
 class Placement(Protocol):
-    """One way of placing a training on devices."""
+    """One way of placing a training on devices.
+
+    A replica is *local* if this process traces it.
+    """
 
     @property
     def count(self) -> int:
         """Number of replicas that train together."""
 
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Numbers of the local replicas, among all from 0."""
+
+    @property
+    def devices(self) -> Sequence[str]:
+        """Devices of the local replicas."""
+
     def sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Sums each tensor over all replicas; in replica context, outside of conditions."""
 
     def run_once(self, function: Callable[[], None]) -> None:
-        """Runs a function once for all replicas; in replica context.
+        """Runs a function once for all replicas of a process; in replica context.
 
         Args:
             function: It may read and assign variables on all replicas, in conditions too.
         """
 
     def copies(self, variable: keras.Variable) -> list[tf.Variable]:
-        """The copies of an optimizer variable on all replicas; in cross-replica context."""
+        """The copies of an optimizer variable on the local replicas; in cross-replica context."""
 
-    def average(self, variable: keras.Variable, weights: Sequence[tf.Tensor]) -> None:
-        """Gives all copies of a variable their weighted mean; in cross-replica context.
+    def sum_parts(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Sums tensors of one shape over all replicas; in cross-replica context, in conditions too.
 
         Args:
-            variable: An optimizer variable.
-            weights: A scalar for each copy, not negative. If all are 0, the copies become 0; a
-                single copy stays as it is.
+            parts: A tensor for each local replica.
         """
+
+    def gather_parts(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Tensors of all replicas in their order, `(count, ...)`; otherwise like `sum_parts`."""
 
 
 PLACEMENTS: dict[type, Callable[[Any], Placement]] = {}
+NAMES: dict[str, None] = {}
 Kind = TypeVar("Kind", bound=type)
 
 
-def places(strategy: type) -> Callable[[Kind], Kind]:
+def places(strategy: type, name: str) -> Callable[[Kind], Kind]:
     """Registers a class as the placement under a `tf.distribute` strategy of several replicas.
 
     Args:
         strategy: The class of the strategy; subclasses of it have to be registered by themselves.
+        name: Its public name.
     """
 
     def register(kind: Kind) -> Kind:
         PLACEMENTS[strategy] = kind
+        NAMES[name] = None
         return kind
 
     return register

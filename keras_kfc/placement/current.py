@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from keras_kfc.placement.api import PLACEMENTS, Placement
+from keras_kfc.placement.api import NAMES, PLACEMENTS, Placement
 from keras_kfc.placement.single import SinglePlacement
 
 _SINGLE = SinglePlacement()
@@ -19,7 +19,7 @@ def current_placement() -> Placement:
     if count == 1:
         return _SINGLE
     if type(strategy) not in PLACEMENTS:
-        known = ", ".join(f"`tf.distribute.{kind.__name__}`" for kind in PLACEMENTS)
+        known = " or ".join(f"`{name}`" for name in NAMES)
         raise ValueError(
             f"KFC trains several replicas with {known} only. Received: "
             f"a {type(strategy).__name__} with {count} replicas"

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_kfc.placement.api import places
 
 
-@places(tf.distribute.MirroredStrategy)
+@places(tf.distribute.MirroredStrategy, "tf.distribute.MirroredStrategy")
 class MirroredPlacement:
     """Replicas that are traced as interleaved threads of one process.
 
@@ -24,6 +24,16 @@ class MirroredPlacement:
         """Number of replicas."""
         return int(self._strategy.num_replicas_in_sync)
 
+    @property
+    def numbers(self) -> Sequence[int]:
+        """All of them."""
+        return range(self.count)
+
+    @property
+    def devices(self) -> Sequence[str]:
+        """The devices of the strategy."""
+        return list(self._strategy.extended.worker_devices)
+
     def sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Sums each tensor over all replicas."""
         context = tf.distribute.get_replica_context()
@@ -37,13 +47,10 @@ class MirroredPlacement:
         """The copies of a variable."""
         return list(self._strategy.experimental_local_results(variable.value))
 
-    def average(self, variable: keras.Variable, weights: Sequence[tf.Tensor]) -> None:
-        """Gives all copies of a variable their weighted mean."""
-        total = tf.add_n(list(weights))
-        mean = tf.add_n(
-            [
-                tf.math.divide_no_nan(weight, total) * copy
-                for weight, copy in zip(weights, self.copies(variable), strict=True)
-            ]
-        )
-        variable.value.assign(mean)
+    def sum_parts(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Adds tensors up on one device."""
+        return tf.add_n(list(parts))
+
+    def gather_parts(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Puts tensors together on one device."""
+        return tf.stack(list(parts))

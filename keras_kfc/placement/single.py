@@ -11,9 +11,15 @@ class SinglePlacement:
     """A training on one device, or under a strategy with one replica."""
 
     count = 1
+    numbers = (0,)
 
     def __init__(self, strategy: Any = None):
         del strategy
+
+    @property
+    def devices(self) -> Sequence[str]:
+        """Any."""
+        return ("",)
 
     def sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The tensors."""
@@ -27,5 +33,11 @@ class SinglePlacement:
         """The variable."""
         return [variable.value]
 
-    def average(self, variable: keras.Variable, weights: Sequence[tf.Tensor]) -> None:
-        """Leaves the variable as it is."""
+    def sum_parts(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """The one part."""
+        (part,) = parts
+        return part
+
+    def gather_parts(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """The one part."""
+        return tf.stack(list(parts))

@@ -7,38 +7,48 @@ import subprocess
 import sys
 
 import pytest
+from helpers import run_workers
 
 pytestmark = pytest.mark.slow
 
 # A line for each placement, and one in `placement_checks.STRATEGIES`.
-PLACEMENTS = ["SinglePlacement", "MirroredPlacement"]
+PLACEMENTS = ["SinglePlacement", "MirroredPlacement", "WorkersPlacement"]
 CHECKS = [
     "a_strategy_has_its_placement",
     "sums_are_over_replicas",
+    "parts_are_gathered_in_order",
     "averages_are_weighted_and_taken_once",
+    "counts_are_added_up",
+    "inverses_are_those_of_one_replica",
     "another_strategy_is_refused",
 ]
 
 
 @functools.cache
 def checked(placement):
+    """What every process found."""
     script = pathlib.Path(__file__).with_name("placement_checks.py")
-    done = subprocess.run(
-        [sys.executable, script, placement], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    if placement == "WorkersPlacement":
+        done = run_workers(script, placement)
+    else:
+        own = subprocess.run(
+            [sys.executable, script, placement], capture_output=True, text=True, check=False
+        )
+        done = [(own.returncode, own.stdout, own.stderr)]
+    for code, _, errors in done:
+        assert code == 0, errors[-2000:]
+    return [json.loads(output.splitlines()[-1]) for _, output, _ in done]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_placement_and_check_is_here(placement):
-    result = checked(placement)
-    assert set(PLACEMENTS) == {"SinglePlacement", *result["registered"]}
-    assert list(result["faults"]) == CHECKS
+    for result in checked(placement):
+        assert set(PLACEMENTS) == {"SinglePlacement", *result["registered"]}
+        assert list(result["faults"]) == CHECKS
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_placement(placement, check):
-    fault = checked(placement)["faults"][check]
-    assert not fault, fault
+    faults = [result["faults"][check] for result in checked(placement)]
+    assert not any(faults), faults

@@ -2,6 +2,7 @@
 
 import gzip
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -198,3 +199,15 @@ def test_custom_loop_learns(capsys):
     lines = capsys.readouterr().out.splitlines()
     losses = [float(line.split()[-1]) for line in lines if line.startswith("epoch")]
     assert len(losses) == 2 and losses[1] < 0.5 * losses[0]
+
+
+def test_several_workers_have_equal_weights():
+    script = str(ROOT / "examples" / "several_workers.py")
+    sizes = ["--epochs", "2", "--steps", "3"]
+    done = subprocess.run(
+        [sys.executable, script, *sizes], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the same weights, to the bit" in done.stdout
+    digests = re.findall(r"│ [01] +│ (\w{10}) │ (\w{10}) │", done.stdout)
+    assert len(digests) == 2 and digests[0] == digests[1] and digests[0][0] != digests[0][1]

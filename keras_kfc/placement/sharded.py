@@ -1,0 +1,123 @@
+"""Inverses shared out among replicas: each computes its part of them, and all exchange theirs.
+
+The time of a renewal is then that of the largest share and of the exchange, of half of each
+symmetric matrix. Which matrix is whose follows from their sizes alone, so that nobody has to ask.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from keras_kfc.placement.api import Placement
+from keras_kfc.placement.packing import pack, unpack
+
+Invert = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], list[tf.Tensor]]
+# Products of an inversion below which it takes less time than an exchange between processes: some
+# thousandths of a second.
+_FEWEST_PRODUCTS = 1e8
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one replica inverts.
+
+    Args:
+        members: For each stack the numbers of its matrices.
+        shapes: Of these parts of the stacks.
+    """
+
+    members: Sequence[Sequence[int]]
+    shapes: Sequence[tuple[int, int, int]]
+
+    @property
+    def length(self) -> int:
+        """Number of entries of the upper triangles."""
+        return sum(count * size * (size + 1) // 2 for count, size, _ in self.shapes)
+
+
+def shares_of(shapes: Sequence[tuple[int, ...]], replicas: int) -> list[Share]:
+    """Shares out stacks of matrices by the products that their inverses take.
+
+    The largest matrix first, each goes to the replica that has least to do.
+
+    Args:
+        shapes: Shapes of the stacks, each `(G, n, n)`.
+        replicas: Number of replicas.
+    """
+    matrices = [(size**3, i, j) for i, (count, size, _) in enumerate(shapes) for j in range(count)]
+    loads = [0] * replicas
+    members: list[list[list[int]]] = [[[] for _ in shapes] for _ in range(replicas)]
+    for cost, stack, number in sorted(matrices, key=lambda matrix: -matrix[0]):
+        replica = loads.index(min(loads))
+        loads[replica] += cost
+        members[replica][stack].append(number)
+    return [
+        Share(
+            own, [(len(part), shape[1], shape[2]) for part, shape in zip(own, shapes, strict=True)]
+        )
+        for own in members
+    ]
+
+
+def spread(
+    placement: Placement,
+    invert: Invert,
+    stacks: Sequence[tf.Tensor],
+    shifts: Sequence[tf.Tensor],
+) -> list[tf.Tensor]:
+    """Inverts stacks of matrices, each replica its share; in cross-replica context.
+
+    Args:
+        placement: Where the replicas are.
+        invert: What inverts on one of them.
+        stacks: Stacks of symmetric matrices, each `(G, n, n)`.
+        shifts: For each of them what is added to the diagonals, `(G,)`.
+    """
+    products = sum(stack.shape[0] * stack.shape[1] ** 3 for stack in stacks)
+    if placement.count == 1 or products < _FEWEST_PRODUCTS:
+        return invert(stacks, shifts)
+    inverses: dict[int, tf.Tensor] = {}
+    for dtype in {stack.dtype: None for stack in stacks}:
+        own = [number for number, stack in enumerate(stacks) if stack.dtype == dtype]
+        found = _spread_one_dtype(
+            placement, invert, [stacks[number] for number in own], [shifts[i] for i in own]
+        )
+        inverses.update(zip(own, found, strict=True))
+    return [inverses[number] for number in range(len(stacks))]
+
+
+def _spread_one_dtype(
+    placement: Placement,
+    invert: Invert,
+    stacks: Sequence[tf.Tensor],
+    shifts: Sequence[tf.Tensor],
+) -> list[tf.Tensor]:
+    shapes = [tuple(stack.shape) for stack in stacks]
+    shares = shares_of(shapes, placement.count)
+    longest = max(share.length for share in shares)
+    parts = []
+    for replica, device in zip(placement.numbers, placement.devices, strict=True):
+        share = shares[replica]
+        used = [stack for stack, members in enumerate(share.members) if members]
+        with tf.device(device):
+            found = invert(
+                [tf.gather(stacks[stack], share.members[stack]) for stack in used],
+                [tf.gather(shifts[stack], share.members[stack]) for stack in used],
+            )
+            row = tf.zeros((0,), stacks[0].dtype)
+            if used:
+                row = pack(found, [True] * len(used))
+            parts.append(tf.pad(row, ((0, longest - share.length),)))
+    rows = tf.unstack(placement.gather_parts(parts), placement.count)
+    of_replicas = [
+        unpack(row[: share.length], share.shapes, [True] * len(shapes))
+        for row, share in zip(rows, shares, strict=True)
+    ]
+    inverses = []
+    for stack in range(len(shapes)):
+        order = np.argsort([number for share in shares for number in share.members[stack]])
+        whole = tf.concat([found[stack] for found in of_replicas], axis=0)
+        inverses.append(tf.gather(whole, order))
+    return inverses
