@@ -1,16 +1,11 @@
 """What test modules share: processes of their own, data files, and the norm of a step."""
 
-import contextlib
 import gzip
-import json
 import os
 import pathlib
-import socket
 import struct
 import subprocess
 import sys
-import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -30,57 +25,6 @@ def run_python(program, *arguments):
         capture_output=True,
         text=True,
     )
-
-
-def run_workers(script, *arguments, count=2, seconds=300):
-    """Runs a script as the workers of a `MultiWorkerMirroredStrategy` on this machine.
-
-    Returns:
-        For each worker its return code, its standard output and its standard error. Where one
-        fails, the others are ended, since they would wait for it.
-    """
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
-    tests = pathlib.Path(__file__).parent
-    workers = []
-    with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for index in range(count):
-            task = {"type": "worker", "index": index}
-            config = json.dumps({"cluster": {"worker": addresses}, "task": task})
-            streams = [
-                stack.enter_context((folder / f"{name}{index}").open("w+"))
-                for name in ("out", "err")
-            ]
-            process = subprocess.Popen(
-                [sys.executable, script, *map(str, arguments)],
-                env={**os.environ, "PYTHONPATH": str(tests), "TF_CONFIG": config},
-                stdout=streams[0],
-                stderr=streams[1],
-            )
-            workers.append((process, streams))
-        last = time.monotonic() + seconds
-        running = [process for process, _ in workers]
-        while running and time.monotonic() < last:
-            time.sleep(0.1)
-            if any(process.poll() for process in running):
-                # Those that fail by the same error do so by themselves.
-                last = min(last, time.monotonic() + 5)
-            running = [process for process in running if process.poll() is None]
-        for process in running:
-            process.kill()
-        results = []
-        for process, streams in workers:
-            code = process.wait()
-            texts = []
-            for stream in streams:
-                stream.seek(0)
-                texts.append(stream.read())
-            results.append((code, *texts))
-    return results
 
 
 def write_idx(path, array, kind=8):

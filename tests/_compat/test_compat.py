@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfc._compat import keras_internals, tensorflow_internals
+from keras_kfc._compat import keras_internals, multi_worker_fit, tensorflow_internals
 from keras_kfc._compat.layer_hooks import TellsWhenBuilt, kernel_of
 from keras_kfc._compat.whole_step import WholeStepOptimizer
 
@@ -276,3 +276,23 @@ def test_a_layer_tells_when_it_is_built_and_which_is_its_kernel():
     assert late.told is late.kernel, MOVED_LAYER.format("_post_build")
     late.enable_lora(1)
     assert kernel_of(late) is late.told, MOVED_LAYER.format("_kernel")
+
+
+def test_what_is_wrong_with_fit_on_several_workers_is_found(monkeypatch):
+    """Where Keras has learnt it, `keras_kfc._compat.multi_worker_fit` can go."""
+    trainer = multi_worker_fit.trainer
+    assert multi_worker_fit.reduces_numbers_along_an_axis()
+    assert multi_worker_fit.reduces_structures()
+
+    def right(values, strategy, reduction):
+        return strategy.reduce("MEAN", values, axis=None)
+
+    def build_by_parts(self, iterator=None, data_batch=None):
+        for _, _, batches in iterator:
+            for value in next(batches):
+                self.distribute_strategy.reduce("MEAN", value, axis=None)
+
+    monkeypatch.setattr(trainer, "reduce_per_replica", right)
+    monkeypatch.setattr(trainer.TensorFlowTrainer, "_maybe_symbolic_build", build_by_parts)
+    assert not multi_worker_fit.reduces_numbers_along_an_axis()
+    assert not multi_worker_fit.reduces_structures()

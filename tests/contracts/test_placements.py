@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import run_workers
+
+from benchmarks.workers import run_workers
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def checked(placement):
     """What every process found."""
     script = pathlib.Path(__file__).with_name("placement_checks.py")
     if placement == "WorkersPlacement":
-        done = run_workers(script, placement)
+        done = run_workers([sys.executable, str(script), placement])
     else:
         own = subprocess.run(
             [sys.executable, script, placement], capture_output=True, text=True, check=False

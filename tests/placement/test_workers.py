@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
-from helpers import run_workers
+
+from benchmarks.workers import run_workers
 
 pytestmark = pytest.mark.slow
 
@@ -24,10 +26,14 @@ CASES = [
 ]
 
 
+def workers(folder, *cases):
+    return run_workers([sys.executable, str(SCRIPT), str(folder), *cases])
+
+
 def results_of(cases, folder):
     """What each worker found, after a check that their weights and states are equal to the bit."""
     found = []
-    for code, output, errors in run_workers(SCRIPT, folder, *cases):
+    for code, output, errors in workers(folder, *cases):
         assert code == 0, errors[-3000:]
         found.append(json.loads(output.splitlines()[-1]))
     for case in cases:
@@ -63,7 +69,7 @@ def test_two_workers_train_as_one_device(tmp_path):
 
 
 def test_workers_go_on_after_one_was_killed(tmp_path):
-    codes = [code for code, _, _ in run_workers(SCRIPT, tmp_path, "killed")]
+    codes = [code for code, _, _ in workers(tmp_path, "killed")]
     assert codes[1] == 9 and codes[0]
     for results in results_of(["restarted"], tmp_path):
         restarted = results["restarted"]
