@@ -25,6 +25,8 @@ def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
 
+# What replicas share out: nothing, or the work of the first, or of both.
+SHARDINGS = ("none", "inverses", "preconditioning")
 # What Keras's own optimizers take, too.
 KERAS_ARGUMENTS = (
     "learning_rate",
@@ -52,7 +54,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "structure": lambda name, value: check_choice(name, value, _structures()),
     "weight_sharing": _or_none(lambda name, value: check_choice(name, value, WEIGHT_SHARING)),
     "max_factor_dim": _or_none(check_positive_integer),
-    "shard_inverses": check_boolean,
+    "sharding": lambda name, value: check_choice(name, value, SHARDINGS),
     "adam_lr_ratio": _number(),
     "seed": lambda name, value: check_seed(value),
 }

@@ -64,13 +64,12 @@ class KFC(WholeStepOptimizer):
             without arguments that returns the value to use: `η`, the most that a layer's
             weights move in a step, root mean square. Defaults to `0.03`.
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov damping `λ`, in units of
-            the mean eigenvalue of the layer's block (absolute if `relative_damping=False`).
-            Can be read and set during training. Defaults to `0.15`.
+            mean eigenvalues of the block (or absolute: `relative_damping`). Defaults to `0.15`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether it is Nesterov's momentum. Defaults to `True`.
         polyak_scaling: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss
-            above its lowest value that a gradient may promise to take off. Can be read and set
-            during training. None for steps of `learning_rate * d`, unbounded. Defaults to `1.0`.
+            above its lowest value that a gradient may promise to take off. It and `damping` can be
+            set during training. None for steps `learning_rate * d`, unbounded. Defaults to `1.0`.
         norm_constraint: Bound of a trust region on the Fisher norm of a step, as a part of `L - L₀`
             (absolute if `relative_damping=False`), or None for none. Defaults to `None`.
         fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the model's own
@@ -93,10 +92,11 @@ class KFC(WholeStepOptimizer):
             or less (a convolution's kernel positions stay together), which is logged as
             information; None for no limit. A factor of n rows takes `8 n²` bytes with its
             inverse, and about `n³` products each time it is inverted. Defaults to `512`.
-        shard_inverses: Whether replicas share out the work of inverses. Defaults to `True`.
+        sharding: What several replicas share out: `"none"`, the work of `"inverses"`, or that and
+            `"preconditioning"`, with one exchange more a step. Defaults to `"inverses"`.
         adam_lr_ratio: That of the fallback rule over `learning_rate`. Defaults to `0.2`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
-        name: Name of the optimizer. Defaults to `"kfc"`, with a number where that is taken.
+        name: Name of the optimizer. Defaults to `"kfc"`.
         weight_decay: Float, at least 0, or None: decoupled weight decay `w` of all variables
             of two axes or more (so not of biases and scales) that are not excluded. Kernels of
             covered layers decay in proportion to the step, as above, all others by a fifth of
@@ -154,7 +154,7 @@ class KFC(WholeStepOptimizer):
         structure: str = "kronecker",
         weight_sharing: str | None = None,
         max_factor_dim: int | None = 512,
-        shard_inverses: bool = True,
+        sharding: str = "inverses",
         adam_lr_ratio: float = 0.2,
         seed: int | None = None,
         weight_decay: float | None = 0.02,

@@ -155,7 +155,7 @@ class Measuring:
     def _refresh(self, blocks: Sequence[CurvatureBlock]) -> None:
         damping, relative = self._damping.damping(), self._damping.relative
         invert: Invert = invert_stacks
-        if self._settings.shard_inverses:
+        if self._settings.sharding != "none":
             invert = functools.partial(spread, current_placement(), invert_stacks)
         refused = self._curvature.refresh(damping, relative, blocks, invert)
         self._settings.rejected_inverse_updates.assign_add(tf.cast(refused, tf.int64))

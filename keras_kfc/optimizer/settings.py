@@ -20,7 +20,7 @@ class Settings(Protocol):
     inverse_update_period: int
     relative_damping: bool
     factor_batch_size: int | None
-    shard_inverses: bool
+    sharding: str
     adam_lr_ratio: float
     weight_decay: float | None
     loss_scale_factor: float | None

@@ -12,6 +12,7 @@ from keras_kfc.optimizer.directions import Directions, directions_of
 from keras_kfc.optimizer.moves import Moves
 from keras_kfc.optimizer.rows import SummedRows, summed_rows
 from keras_kfc.optimizer.settings import Settings
+from keras_kfc.optimizer.shared_directions import shared_natural_gradient
 from keras_kfc.passes.products import GradientProduct
 from keras_kfc.placement.current import current_placement
 from keras_kfc.steps.api import StepQuery, StepRule
@@ -81,13 +82,13 @@ class Update:
         rows = self._rows_looked_up(variables, gradients) if clipped is gradients else {}
         summed = _by_index(variables, clipped, rows)
         products = self._products_of(gradients, clipped)
-        directions = directions_of(self._curvature, summed, rows, products)
+        directions = self._directions_of(summed, rows, products)
         slopes = clipped_slopes = _slopes(directions, summed)
         whole = summed if clipped is gradients else _by_index(variables, gradients, rows)
         if clipped is not gradients and settings.polyak_scaling is not None:
             # Clipping makes a step shorter. The smaller promise of a clipped gradient would
             # make it longer.
-            slopes = _slopes(directions_of(self._curvature, whole, {}), whole)
+            slopes = _slopes(self._directions_of(whole, {}, {}), whole)
             # Clipping is there for gradients whose squares overflow.
             slopes = tf.where(tf.math.is_finite(slopes), slopes, clipped_slopes)
         clipped_slope = tf.reduce_sum(clipped_slopes)
@@ -147,6 +148,19 @@ class Update:
 
         run_if(usable, update)
         settings.skipped_steps.assign_add(tf.cast(~usable, tf.int64))
+
+    def _directions_of(
+        self,
+        gradients: Mapping[int, tf.Tensor],
+        rows: Mapping[int, SummedRows],
+        products: Mapping[int, GradientProduct],
+    ) -> Directions:
+        """Preconditioned gradients, by all replicas or each its share."""
+        alone = current_placement().count == 1 or not self._curvature.blocks
+        if alone or self._settings.sharding != "preconditioning":
+            return directions_of(self._curvature, gradients, rows, products)
+        found = shared_natural_gradient(self._curvature, gradients)
+        return Directions(found, rows, self._curvature.tables)
 
     def _products_of(
         self, gradients: Sequence[Any], clipped: Sequence[Any]

@@ -33,6 +33,9 @@ class Placement(Protocol):
     def sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Sums each tensor over all replicas; in replica context, outside of conditions."""
 
+    def gather(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The tensors of all replicas, of one shape, `(count, ...)`; otherwise like `sum`."""
+
     def run_once(self, function: Callable[[], None]) -> None:
         """Runs a function once for all replicas of a process; in replica context.
 

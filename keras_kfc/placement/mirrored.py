@@ -39,6 +39,10 @@ class MirroredPlacement:
         context = tf.distribute.get_replica_context()
         return list(context.all_reduce(tf.distribute.ReduceOp.SUM, list(tensors)))
 
+    def gather(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The tensors of all replicas."""
+        return tf.distribute.get_replica_context().all_gather(tensor[None], axis=0)
+
     def run_once(self, function: Callable[[], None]) -> None:
         """Runs a function in cross-replica context."""
         tf.distribute.get_replica_context().merge_call(lambda _: function())

@@ -37,28 +37,42 @@ class Share:
         return sum(count * size * (size + 1) // 2 for count, size, _ in self.shapes)
 
 
-def shares_of(shapes: Sequence[tuple[int, ...]], replicas: int) -> list[Share]:
+def shares_of(shapes: Sequence[tuple[int, int, int]], replicas: int) -> list[Share]:
     """Shares out stacks of matrices by the products that their inverses take.
-
-    The largest matrix first, each goes to the replica that has least to do.
 
     Args:
         shapes: Shapes of the stacks, each `(G, n, n)`.
         replicas: Number of replicas.
     """
-    matrices = [(size**3, i, j) for i, (count, size, _) in enumerate(shapes) for j in range(count)]
-    loads = [0] * replicas
-    members: list[list[list[int]]] = [[[] for _ in shapes] for _ in range(replicas)]
-    for cost, stack, number in sorted(matrices, key=lambda matrix: -matrix[0]):
+    matrices = [(i, j) for i, (count, _, _) in enumerate(shapes) for j in range(count)]
+    costs = [float(shapes[stack][1]) ** 3 for stack, _ in matrices]
+    shares = []
+    for own in evenly(costs, replicas):
+        members: list[list[int]] = [[] for _ in shapes]
+        for stack, number in (matrices[place] for place in own):
+            members[stack].append(number)
+        sizes = [(len(part), *shape[1:]) for part, shape in zip(members, shapes, strict=True)]
+        shares.append(Share(members, sizes))
+    return shares
+
+
+def evenly(costs: Sequence[float], replicas: int) -> list[list[int]]:
+    """Shares out pieces of work: the dearest first, each to the replica that has least to do.
+
+    Args:
+        costs: What each piece takes.
+        replicas: Number of replicas.
+
+    Returns:
+        For each replica the numbers of its pieces.
+    """
+    loads = [0.0] * replicas
+    shares: list[list[int]] = [[] for _ in range(replicas)]
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
         replica = loads.index(min(loads))
-        loads[replica] += cost
-        members[replica][stack].append(number)
-    return [
-        Share(
-            own, [(len(part), shape[1], shape[2]) for part, shape in zip(own, shapes, strict=True)]
-        )
-        for own in members
-    ]
+        loads[replica] += costs[number]
+        shares[replica].append(number)
+    return shares
 
 
 def spread(

@@ -25,6 +25,10 @@ class SinglePlacement:
         """The tensors."""
         return list(tensors)
 
+    def gather(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The tensor."""
+        return tensor[None]
+
     def run_once(self, function: Callable[[], None]) -> None:
         """Runs it."""
         function()

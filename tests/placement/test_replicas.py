@@ -18,10 +18,17 @@ import numpy as np
 import tensorflow as tf
 
 (processor,) = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(processor, 2 * [tf.config.LogicalDeviceConfiguration()])
+REPLICAS = int(sys.argv[2])
+tf.config.set_logical_device_configuration(
+    processor, REPLICAS * [tf.config.LogicalDeviceConfiguration()]
+)
 
 import keras_kfc
 from keras_kfc import KFC
+from keras_kfc.placement import sharded
+
+# Even the smallest inverses are shared out.
+sharded._FEWEST_PRODUCTS = 0
 
 rng = np.random.default_rng(0)
 x = rng.normal(size=(48, 6)).astype("float32")
@@ -30,9 +37,9 @@ PERIODS = {"curvature_update_period": 3, "inverse_update_period": 4, "seed": 3}
 
 
 @functools.cache
-def two_replicas():
+def replicas():
     # One for all cases: the collective operations of a second one would be taken for the first's.
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(REPLICAS)])
 
 
 class OwnLoss(keras.Sequential):
@@ -80,7 +87,7 @@ def difference(one, two):
 
 def against_one_device(optimizer, **options):
     results = []
-    for strategy in (tf.distribute.get_strategy(), two_replicas()):
+    for strategy in (tf.distribute.get_strategy(), replicas()):
         model = compiled(strategy, optimizer, **options)
         monitor = keras_kfc.monitor.CurvatureMonitor("none")
         history = fit(model, 3, callbacks=[monitor])
@@ -95,7 +102,13 @@ def against_one_device(optimizer, **options):
 def options():
     return against_one_device(
         lambda: KFC(
-            **PERIODS, fisher="exact", weight_decay=0.1, use_ema=True, momentum=0.5
+            **PERIODS,
+            fisher="exact",
+            weight_decay=0.1,
+            use_ema=True,
+            momentum=0.5,
+            global_clipnorm=0.3,
+            sharding="preconditioning",
         )
     )
 
@@ -114,7 +127,7 @@ def own_loss():
 
 def resumed():
     """Sampled targets: what was loaded goes on as what was saved."""
-    strategy = two_replicas()
+    strategy = replicas()
     whole = compiled(strategy, lambda: KFC(**PERIODS))
     fit(whole, 2)
     whole.save(sys.argv[1])
@@ -127,7 +140,7 @@ def resumed():
 
 def draws():
     """Replicas with equal examples draw different targets."""
-    strategy = two_replicas()
+    strategy = replicas()
     model = compiled(strategy, lambda: KFC(seed=3, curvature_ema=0.0))
     with strategy.scope():
         model.optimizer.build(model.trainable_variables)
@@ -142,7 +155,7 @@ def rebuilt():
     """`instrument` outside of the strategy's scope, on an optimizer that is built."""
     weights = []
     for late in (False, True):
-        model = compiled(two_replicas(), lambda: KFC(**PERIODS, fisher="exact"))
+        model = compiled(replicas(), lambda: KFC(**PERIODS, fisher="exact"))
         if late:
             keras_kfc.strip(model)
             with model.distribute_strategy.scope():
@@ -174,13 +187,13 @@ def stock_keras():
     ):
         adam = lambda: keras.optimizers.Adam(**arguments)
         try:
-            fit(compiled(two_replicas(), adam, **options), 2)
+            fit(compiled(replicas(), adam, **options), 2)
         except Exception as error:
             failures[name] = type(error).__name__
     return failures
 
 
-print(json.dumps({case: globals()[case]() for case in sys.argv[2:]}))
+print(json.dumps({case: globals()[case]() for case in sys.argv[3:]}))
 '''
 
 
@@ -193,8 +206,8 @@ TOLERANCES = {
 }
 
 
-def results_of(cases, tmp_path):
-    finished = run_python(SCRIPT, tmp_path / "model.keras", *cases)
+def results_of(cases, tmp_path, replicas=2):
+    finished = run_python(SCRIPT, tmp_path / "model.keras", replicas, *cases)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(finished.stdout.splitlines()[-1])
 
@@ -202,6 +215,10 @@ def results_of(cases, tmp_path):
 def test_two_replicas_train_as_one_device_eagerly(tmp_path):
     """In a process of its own: eager replicas of another shape may fail beside traced ones."""
     assert results_of(["empirical"], tmp_path)["empirical"] < 1e-4
+
+
+def test_four_replicas_train_as_one_device(tmp_path):
+    assert results_of(["options"], tmp_path, replicas=4)["options"] < TOLERANCES["options"]
 
 
 def test_two_replicas_train_as_one_device(tmp_path):

@@ -19,7 +19,7 @@ CASES = [
     "empty",
     "mixed_float16",
     "broken",
-    "each_inverts_all",
+    "shared_out",
     "own_loop",
     "saved_by_the_chief",
     "refused",
@@ -53,7 +53,7 @@ def test_two_workers_train_as_one_device(tmp_path):
         last, alone = results["sampled"]["last"]
         assert abs(last - alone) < 0.05 * alone
         assert 0 < results["empty"]["loss"][0] < 2
-        assert results["each_inverts_all"]["weights"] < 1e-5
+        assert max(results["shared_out"]["weights"]) < 1e-5
         assert results["saved_by_the_chief"]["equal"]
         losses = results["own_loop"]["losses"]
         assert len(losses) == 9 and sum(losses[-3:]) < sum(losses[:3])

@@ -154,13 +154,17 @@ def broken(folder):
     return {"digests": digests, "finite": finite, **counts}
 
 
-def each_inverts_all(folder):
-    """As with inverses that are shared out, which all other cases have."""
-    (shared, _, _), (alone, _, digests) = (
-        trained(STRATEGY, lambda shard=shard: KFC(**PERIODS, shard_inverses=shard))
-        for shard in (True, False)
-    )
-    return {"digests": digests, "weights": difference(shared.get_weights(), alone.get_weights())}
+def shared_out(folder):
+    """Steps are the same. With clipping, gradients are preconditioned twice."""
+    weights, digests = [], []
+    for sharding in ("inverses", "none", "preconditioning"):
+        model, _, seen = trained(
+            STRATEGY, lambda kind=sharding: KFC(**PERIODS, sharding=kind, global_clipnorm=0.5)
+        )
+        weights.append(model.get_weights())
+        digests += seen
+    first, *others = weights
+    return {"digests": digests, "weights": [difference(first, other) for other in others]}
 
 
 def own_loop(folder):
