@@ -22,7 +22,9 @@ def show(measured: dict[str, Any], costs: dict[str, Any]) -> None:
     for heading in ("optimizer", "parameters", "every step", "when due"):
         table.add_column(heading)
     for name, own in measured["steps"].items():
-        every = ", ".join(f"{numbers:,}" for _, numbers in own["every step"])
+        every = ", ".join(
+            "?" if numbers is None else f"{numbers:,}" for _, numbers in own["every step"]
+        )
         due = sum(own["when due"].values())
         table.add_row(name, f"{own['parameters']:,}", every, str(due))
     console.print(table)

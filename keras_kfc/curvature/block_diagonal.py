@@ -175,8 +175,9 @@ class BlockDiagonal:
         if relative:
             dtype = max((r.trace.dtype for r in refreshes), key=lambda dtype: dtype.size)
             traces = [tf.cast(refresh.trace, dtype) for refresh in refreshes]
-            total = traces[0] if len(traces) == 1 else tf.add_n(traces)
-            network_mean = total / sum(refresh.size for refresh in refreshes)
+            network_mean = tf.reduce_sum(tf.stack(traces)) / sum(
+                refresh.size for refresh in refreshes
+            )
         refused = [
             part for refresh in refreshes for part in refresh.run(damping, network_mean, invert)
         ]

@@ -121,7 +121,8 @@ class DiagonalRefresh:
     def trace(self) -> tf.Tensor:
         """Sum of all diagonals, a scalar."""
         dtype = max((part.dtype for part in self._diagonals), key=lambda dtype: dtype.size)
-        return tf.add_n([tf.cast(tf.reduce_sum(part), dtype) for part in self._diagonals])
+        traces = [tf.cast(tf.reduce_sum(part), dtype) for part in self._diagonals]
+        return tf.reduce_sum(tf.stack(traces))
 
     @property
     def size(self) -> float:

@@ -129,12 +129,11 @@ class DiagonalInputRefresh:
     def trace(self) -> tf.Tensor:
         """`Σ tr Ω tr Γ`, a scalar."""
         dtype = max((block.counts.dtype for block in self._blocks), key=lambda dtype: dtype.size)
-        return tf.add_n(
-            [
-                tf.cast(tf.reduce_sum(block.counts) * tf.linalg.trace(block.gamma)[0], dtype)
-                for block in self._blocks
-            ]
-        )
+        traces = [
+            tf.cast(tf.reduce_sum(block.counts) * tf.linalg.trace(block.gamma)[0], dtype)
+            for block in self._blocks
+        ]
+        return tf.reduce_sum(tf.stack(traces))
 
     @property
     def size(self) -> float:

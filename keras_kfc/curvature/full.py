@@ -98,7 +98,7 @@ class FullRefresh:
         """Sum of the traces of all matrices, a scalar."""
         dtype = max((part.dtype for part in self._matrices), key=lambda dtype: dtype.size)
         traces = [tf.reduce_sum(tf.linalg.trace(part)) for part in self._matrices]
-        return tf.add_n([tf.cast(trace, dtype) for trace in traces])
+        return tf.reduce_sum(tf.stack([tf.cast(trace, dtype) for trace in traces]))
 
     @property
     def size(self) -> float:

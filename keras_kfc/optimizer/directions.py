@@ -49,7 +49,9 @@ class Directions:
             own = gradients[index] if rows is None else rows.of_first_uses(rows.values)
             product = tf.reduce_sum(tf.cast(own, direction.dtype) * direction)
             parts.append(tf.cast(product, tf.float32))
-        return tf.add_n(parts)
+        # Not `tf.add_n`: what the graph optimiser makes of it adds in an order that may be another
+        # in each process, and workers would part by its rounding.
+        return tf.reduce_sum(tf.stack(parts))
 
     def mean_squares(self, blocks: Sequence[Sequence[int]]) -> tf.Tensor:
         """Mean square of the directions of each block, `(blocks,)`, float32.

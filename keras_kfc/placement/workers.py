@@ -2,7 +2,9 @@
 
 Each worker is a process that traces the same step. What they exchange are collective operations,
 which wait for those of all other workers: all have to run the same ones in the same order. So
-whatever decides whether one runs must have the same value on all workers.
+whatever decides whether one runs must have the same value on all workers. Of equal inputs, equal
+operations make equal numbers; sums of many terms, which TensorFlow's graph optimiser may order anew
+in each process, have to be one operation (`tf.reduce_sum(tf.stack(terms))`, not `tf.add_n`).
 """
 
 from collections.abc import Sequence
