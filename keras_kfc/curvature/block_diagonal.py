@@ -175,9 +175,8 @@ class BlockDiagonal:
         if relative:
             dtype = max((r.trace.dtype for r in refreshes), key=lambda dtype: dtype.size)
             traces = [tf.cast(refresh.trace, dtype) for refresh in refreshes]
-            network_mean = tf.reduce_sum(tf.stack(traces)) / sum(
-                refresh.size for refresh in refreshes
-            )
+            size = sum(refresh.size for refresh in refreshes)
+            network_mean = tf.reduce_sum(tf.stack(traces)) / size
         refused = [
             part for refresh in refreshes for part in refresh.run(damping, network_mean, invert)
         ]
