@@ -5,29 +5,31 @@ Symmetric matrices are sent as their upper triangles.
 
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 
 def upper_triangles(matrices: tf.Tensor) -> tf.Tensor:
     """The upper triangles of symmetric matrices, `(G, n, n)`, as rows, `(G, n (n + 1) / 2)`.
 
-    Of the triangle below the first row, turned by half a round, the empty half takes up the
-    full one, so that no index is needed.
+    The first row, and then the triangle below it: its lower half, turned by half a round, fills
+    the empty places of its upper half, so that no entry is looked up by an index.
     """
     count, size = matrices.shape[0], matrices.shape[-1]
-    upper = tf.linalg.band_part(matrices, 0, -1)
-    first, others = upper[:, 0], upper[:, 1:]
-    # One of the two summands is zero.
-    both = tf.reshape(others + tf.reverse(others, (1, 2)), (count, size * (size - 1)))
-    return tf.concat((first, both[:, : size * (size - 1) // 2]), axis=1)
+    half = size // 2
+    above = tf.slice(matrices, (0, 1, 0), (-1, half, -1)) if half else matrices[:, :0]
+    below = tf.reverse(tf.slice(matrices, (0, size - half, 0), (-1, half, -1)), (1, 2))
+    full = np.triu(np.ones((half, size), bool), 1)
+    joined = tf.reshape(tf.where(full, above, below), (count, half * size))
+    return tf.concat((matrices[:, 0], joined[:, : size * (size - 1) // 2]), axis=1)
 
 
 def from_upper_triangles(rows: tf.Tensor, size: int) -> tf.Tensor:
     """The symmetric matrices, `(G, n, n)`, that `upper_triangles` made rows of."""
-    mirrored = tf.concat((rows, tf.reverse(rows[:, size:], (1,))), axis=1)
-    upper = tf.linalg.band_part(tf.reshape(mirrored, (rows.shape[0], size, size)), 0, -1)
-    strict = tf.linalg.set_diag(upper, tf.zeros_like(upper[:, 0]))
-    return upper + tf.linalg.matrix_transpose(strict)
+    turned = tf.concat((rows, tf.reverse(rows[:, size:], (1,))), axis=1)
+    square = tf.reshape(turned, (rows.shape[0], size, size))
+    upper = np.triu(np.ones((size, size), bool))
+    return tf.where(upper, square, tf.linalg.matrix_transpose(square))
 
 
 def pack(tensors: Sequence[tf.Tensor], symmetric: Sequence[bool]) -> tf.Tensor:
