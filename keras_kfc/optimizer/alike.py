@@ -26,6 +26,10 @@ def check_workers(optimizer: Any, variables: Sequence[Any]) -> None:
     # In a loop of one's own the first step may build it, where no worker can be asked.
     if not tf.executing_eagerly() or not tf.distribute.in_cross_replica_context():
         return
+    placement = current_placement()
+    if len(placement.numbers) == placement.count:
+        # One process knows itself.
+        return
     blocks = planned_blocks(
         variables, optimizer.structure, optimizer.max_factor_dim, optimizer.weight_sharing
     )
@@ -38,7 +42,7 @@ def check_workers(optimizer: Any, variables: Sequence[Any]) -> None:
             for plan in blocks
         ],
     }
-    check_alike(current_placement(), facts)
+    check_alike(placement, facts)
 
 
 def _version(package: str) -> str | None:

@@ -64,7 +64,7 @@ class KFC(WholeStepOptimizer):
             without arguments that returns the value to use: `η`, the most that a layer's
             weights move in a step, root mean square. Defaults to `0.03`.
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov damping `λ`, in units of
-            mean eigenvalues of the block (or absolute: `relative_damping`). Defaults to `0.15`.
+            mean eigenvalues of the block, or absolute (`relative_damping`). Defaults to `0.15`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
         nesterov: Whether it is Nesterov's momentum. Defaults to `True`.
         polyak_scaling: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss

@@ -40,8 +40,12 @@ def shared_natural_gradient(
     ]
     ours = shares[replica_number()]
     found = curvature.natural_gradient({index: gradients[index] for index in ours})
-    dtypes = {block.ema_weight.dtype for block in curvature.blocks}
-    dtype = tf.float64 if "float64" in dtypes else tf.float32
+    dtype_of = {
+        index: block.ema_weight.dtype
+        for block, own in zip(curvature.blocks, members, strict=True)
+        for index in own
+    }
+    dtype = tf.float64 if "float64" in dtype_of.values() else tf.float32
     vector = _joined([found[index] for index in ours], dtype)
     rows = _exchanged(vector, [_length(share, gradients) for share in shares])
     directions: dict[int, tf.Tensor] = {}
@@ -50,7 +54,8 @@ def shared_natural_gradient(
             continue
         sizes = [_length([index], gradients) for index in share]
         for index, part in zip(share, tf.split(row, sizes), strict=True):
-            directions[index] = tf.reshape(part, gradients[index].shape)
+            own = tf.reshape(part, gradients[index].shape)
+            directions[index] = tf.cast(own, dtype_of[index])
     return directions
 
 

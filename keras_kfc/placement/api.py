@@ -58,6 +58,7 @@ class Placement(Protocol):
 
 
 PLACEMENTS: dict[type, Callable[[Any], Placement]] = {}
+# Public names of these strategies, in order and each once, for messages.
 NAMES: dict[str, None] = {}
 Kind = TypeVar("Kind", bound=type)
 
