@@ -159,12 +159,11 @@ def test_broken_batches_leave_no_trace(name, case, use_bias):
 @every
 def test_what_is_exchanged_as_a_triangle_is_symmetric(name, case, use_bias):
     example = Example(name, case, use_bias)
-    example.update(example.moments())
     layout = example.block.layout
+    example.update(example.moments())
     assert set(layout.symmetric_factors) <= set(layout.factor_shapes)
     for factor in layout.symmetric_factors:
         stack = example.block.state[factor].numpy()
-        # A table that is nowhere a projection has no hidden vectors, but all else is there.
         assert stack.ndim == 3 and (np.any(stack) or factor == "hidden")
         np.testing.assert_allclose(stack, stack.transpose(0, 2, 1), rtol=1e-9, atol=1e-12)
 
