@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_kfc.curvature.eigenform import Eigenform
 from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import LinearMap
 from keras_kfc.passes.products import GradientProduct
@@ -50,6 +51,13 @@ class BlockLayout(Moments, Protocol):
 
     def compromises(self, max_dim: int | None) -> list[str]:
         """What a limit on the size of factors did to this block, a line for each factor."""
+
+    def eigenform(self, factors: Sequence[np.ndarray]) -> Eigenform:
+        """The block that some factors make, without damping.
+
+        Args:
+            factors: Of the shapes `factor_shapes`, in their order, float64.
+        """
 
 
 class CurvatureBlock(Protocol):

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.eigenform import Eigenform
 from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
 from keras_kfc.linalg.precision import resolution
 from keras_kfc.linalg.stacks import Invert, invert_stacks
@@ -39,6 +40,10 @@ class DiagonalLayout(LayoutOfExamples):
     def inverse_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape of its damped inverse, likewise."""
         return {"diagonal_inverse": self.weights_shape}
+
+    def eigenform(self, factors: Sequence[np.ndarray]) -> Eigenform:
+        """The diagonal, in the basis of the weights."""
+        return Eigenform(self.weights_shape, factors[0])
 
     def sum_over_examples(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
         """`Σ_b (Σ_t ā_bt Ds_btᵀ)²` of one use."""

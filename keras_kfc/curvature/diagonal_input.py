@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.curvature.shared import TableStructure
 from keras_kfc.linalg.damping import block_damping
 from keras_kfc.linalg.precision import resolution
@@ -72,6 +73,10 @@ class DiagonalInputLayout:
         """None: one factor is diagonal, and the other as wide as a row."""
         del max_dim
         return []
+
+    def eigenform(self, factors: Sequence[np.ndarray]) -> Eigenform:
+        """`diag(counts) ⊗ Γ`."""
+        return table_eigenform(*factors)
 
 
 class DiagonalInputBlock(AveragedBlock):
@@ -168,6 +173,13 @@ def inverses_of(
     smallest = counts.dtype.as_numpy_dtype(10 * resolution(counts.dtype))
     scales = 1 / (counts + tf.maximum(shift, smallest * mean))
     return [scales, *invert([gamma], [gamma_shift[None]])]
+
+
+def table_eigenform(scales: np.ndarray, gamma: np.ndarray) -> Eigenform:
+    """`diag(scales) ⊗ Γ` for a table of rows, of `(V,)` and `(1, m, m)`."""
+    columns, right = eigenvectors_of(gamma)
+    values = scales[None, :, None] * columns[:, None, :]
+    return Eigenform(values.shape, values, right=right)
 
 
 @structure("diagonal_input")

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
 from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import LinearMap
@@ -41,14 +42,19 @@ class FullLayout(LayoutOfExamples):
         """Shape of their damped inverses, likewise."""
         return {"full_inverse": self._shape}
 
+    def eigenform(self, factors: Sequence[np.ndarray]) -> Eigenform:
+        """The matrices of all groups."""
+        values, vectors = eigenvectors_of(factors[0])
+        return Eigenform(self.weights_shape, values[:, :, None], vectors)
+
     def sum_over_examples(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
         """Outer products of the derivatives of each example, `(G, k, k)`."""
-        gradients = self._example_gradients(inputs, derivatives)
+        gradients = self.example_gradients(inputs, derivatives)
         groups, size, _ = self._shape
         rows = tf.transpose(tf.reshape(gradients, (-1, groups, size)), (1, 0, 2))
         return tf.matmul(rows, rows, transpose_a=True)
 
-    def _example_gradients(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+    def example_gradients(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
         """Each example's derivative with regard to the weights, `(B, G, n, m)`."""
         quick = getattr(self.linear_map, "example_gradients", None)
         if quick is not None:

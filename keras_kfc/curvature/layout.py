@@ -19,10 +19,11 @@ from typing import ClassVar
 import numpy as np
 import tensorflow as tf
 
+from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.linalg.damping import BlockShape
 from keras_kfc.maps.api import LinearMap, input_factor, output_factor, pad_and_split_columns
 from keras_kfc.maps.sharing import reduced_input_factor, reduced_output_factor
-from keras_kfc.utils.texts import bytes_text
+from keras_kfc.utils.texts import inversion_costs_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +140,19 @@ class KroneckerLayout:
         del max_dim
         whole = KroneckerLayout(self.linear_map, self.use_bias)
         return [
-            f"{name} factor of {before[1]} rows ({_costs_text(before)}), "
-            f"now {after[0]} blocks of {after[1]} rows ({_costs_text(after)})"
+            f"{name} factor of {before[1]} rows ({inversion_costs_text(before)}), "
+            f"now {after[0]} blocks of {after[1]} rows ({inversion_costs_text(after)})"
             for name, before, after in (
                 ("input", whole.omega_shape, self.omega_shape),
                 ("output", whole.gamma_shape, self.gamma_shape),
             )
             if after != before
         ]
+
+    def eigenform(self, factors: Sequence[np.ndarray]) -> Eigenform:
+        """`Ω ⊗ Γ`, of factors that are whole."""
+        (rows, left), (columns, right) = (eigenvectors_of(factor) for factor in factors)
+        return Eigenform(self.block_shape, rows[:, :, None] * columns[:, None, :], left, right)
 
     def omega(
         self,
@@ -291,8 +297,3 @@ def layout_of(linear_map: LinearMap, use_bias: bool, max_dim: int | None) -> Kro
     if linear_map.groups > 1:
         input_parts = next(p for p in range(input_parts, channels + 1) if channels % p == 0)
     return KroneckerLayout(linear_map, use_bias, input_parts, output_parts)
-
-
-def _costs_text(shape: tuple[int, int, int]) -> str:
-    count, rows, _ = shape
-    return f"{bytes_text(8 * count * rows**2)}, {count * rows**3:.1e} products"

@@ -19,6 +19,7 @@ where this `s` makes the trace of the additional terms smallest.
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
@@ -26,7 +27,9 @@ from keras_kfc.curvature.diagonal_input import (
     DiagonalInputBlock,
     DiagonalInputRefresh,
     inverses_of,
+    table_eigenform,
 )
+from keras_kfc.curvature.eigenform import Eigenform
 from keras_kfc.curvature.shared import TableStructure
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.linalg.products import gram
@@ -110,6 +113,11 @@ class TiedLayout:
         del max_dim
         return []
 
+    def eigenform(self, factors: Sequence[np.ndarray]) -> Eigenform:
+        """The single product that takes the place of the sum."""
+        rows, columns = _combined(*map(tf.constant, factors))
+        return table_eigenform(rows.numpy(), columns.numpy())
+
 
 class TiedBlock(DiagonalInputBlock):
     """Factors of both uses of a table, and the damped inverses of their sum."""
@@ -128,12 +136,7 @@ class TiedBlock(DiagonalInputBlock):
 
     def combined(self) -> tuple[tf.Tensor, tf.Tensor]:
         """The factors of rows and of columns of a single product."""
-        rows, columns = tf.reduce_sum(self.counts), tf.linalg.trace(self.gamma)[0]
-        other_rows = tf.reduce_sum(self.output_squares)
-        other_columns = tf.linalg.trace(self.hidden)[0]
-        ratio = tf.math.divide_no_nan(other_rows * columns, rows * other_columns)
-        scale = tf.where(ratio > 0, tf.sqrt(ratio), 1.0)
-        return self.counts + self.output_squares / scale, self.gamma + scale * self.hidden
+        return _combined(self.counts, self.hidden, self.gamma, self.output_squares)
 
 
 class TiedRefresh(DiagonalInputRefresh):
@@ -166,6 +169,17 @@ class TiedRefresh(DiagonalInputRefresh):
             block.store_inverses(inverses_of(*block.combined(), damping, network_mean, invert))
             for block in self._blocks
         ]
+
+
+def _combined(
+    counts: tf.Tensor, hidden: tf.Tensor, gamma: tf.Tensor, output_squares: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    rows, columns = tf.reduce_sum(counts), tf.linalg.trace(gamma)[0]
+    other_rows = tf.reduce_sum(output_squares)
+    other_columns = tf.linalg.trace(hidden)[0]
+    ratio = tf.math.divide_no_nan(other_rows * columns, rows * other_columns)
+    scale = tf.where(ratio > 0, tf.sqrt(ratio), 1.0)
+    return counts + output_squares / scale, gamma + scale * hidden
 
 
 @structure("tied")

@@ -33,6 +33,16 @@ class OutputModel(Protocol):
             A tensor for each of `sources`, of its shape and dtype.
         """
 
+    def root_shape(self) -> tf.Tensor:
+        """Shape of what R is multiplied with, examples along the first axis."""
+
+    def root_times(self, z: tf.Tensor) -> list[tf.Tensor]:
+        """Derivatives `R z`, linear in z, as `sample` returns them.
+
+        Args:
+            z: Of the shape `root_shape()`, float32 or float64.
+        """
+
     def count_columns(self) -> tf.Tensor:
         """Number of columns of R for one example, an int32 scalar."""
 

@@ -23,13 +23,13 @@ class Bernoulli(Likelihood):
             tf.math.divide_no_nan(1.0, 1.0 - probabilities),
         )
 
-    def root_column(self, chosen: tf.Tensor) -> tf.Tensor:
-        """The deviation of the drawn event, `sqrt(p (1 - p))`, or one over it."""
+    def times_root(self, z: tf.Tensor) -> tf.Tensor:
+        """Times the deviation of the drawn event, `sqrt(p (1 - p))`, or one over it."""
         probabilities = self._probabilities()
         deviation = tf.sqrt(probabilities * (1 - probabilities))
         if self.from_logits:
-            return chosen * deviation
-        return chosen * tf.math.divide_no_nan(1.0, deviation)
+            return z * deviation
+        return z * tf.math.divide_no_nan(1.0, deviation)
 
     def _probabilities(self) -> tf.Tensor:
         return tf.sigmoid(self.outputs) if self.from_logits else self.outputs

@@ -23,12 +23,15 @@ class Categorical(Likelihood):
         target = tf.one_hot(tf.minimum(draws, classes - 1), classes, dtype=probabilities.dtype)
         return self._derivative(probabilities, target)
 
-    def root_column(self, chosen: tf.Tensor) -> tf.Tensor:
-        """The derivative at one class, times the root of its probability."""
+    def times_root(self, z: tf.Tensor) -> tf.Tensor:
+        """The derivatives at all classes, each times the root of its probability and `z`."""
         probabilities = self._probabilities()
-        here = tf.reduce_sum(chosen, axis=-1, keepdims=True)
-        probability = tf.reduce_sum(chosen * probabilities, axis=-1, keepdims=True)
-        return tf.sqrt(probability) * (self._derivative(probabilities, chosen) * here)
+        weights = tf.sqrt(probabilities) * z
+        together = tf.reduce_sum(weights, axis=-1, keepdims=True)
+        if self.from_logits:
+            return probabilities * together - weights
+        total = tf.reduce_sum(self.outputs, axis=-1, keepdims=True)
+        return tf.math.divide_no_nan(together, total) - tf.math.divide_no_nan(weights, self.outputs)
 
     def _probabilities(self) -> tf.Tensor:
         if self.from_logits:

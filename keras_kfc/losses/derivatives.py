@@ -1,7 +1,7 @@
 """What the second backward passes of one forward pass start from.
 
-One pass for the sampled and the empirical Fisher matrix, one for each column
-of the Hessian's root for the exact one.
+One pass for the sampled and the empirical Fisher matrix and for curvature propagation, one for
+each column of the Hessian's root for the exact one.
 """
 
 import dataclasses
@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from keras_kfc.linalg.precision import at_least_float32
+from keras_kfc.losses.api import OutputModel
 from keras_kfc.losses.empirical import EmpiricalDerivatives, with_random_signs
 from keras_kfc.losses.families import family_of
+from keras_kfc.losses.signs import random_signs
 from keras_kfc.losses.terms import LossTerm
 
-FISHERS = ("sampled", "empirical", "exact")
+FISHERS = ("sampled", "curvature_propagation", "empirical", "exact")
 
 _logger = logging.getLogger("keras_kfc")
 
@@ -40,10 +43,20 @@ class OutputDerivatives:
 
     def log_notes(self) -> bool:
         """Logs the notes in one line; returns whether there were any."""
-        if self.notes:
-            level = logging.WARNING if self.is_empirical else logging.INFO
-            _logger.log(level, "KFC %s.", "; it ".join(self.notes))
-        return bool(self.notes)
+        return log_notes(self.notes, self.is_empirical)
+
+
+def log_notes(notes: Sequence[str], is_empirical: bool) -> bool:
+    """Logs what the user should know of some losses in one line; returns whether there is any.
+
+    Args:
+        notes: Sentences without their subject.
+        is_empirical: Whether a loss has the empirical Fisher matrix for sure.
+    """
+    if notes:
+        level = logging.WARNING if is_empirical else logging.INFO
+        _logger.log(level, "KFC %s.", "; it ".join(notes))
+    return bool(notes)
 
 
 def output_derivatives(
@@ -55,7 +68,7 @@ def output_derivatives(
 
     Args:
         terms: The model's loss terms; draws for different terms are independent.
-        fisher: `"sampled"`, `"empirical"` or `"exact"`.
+        fisher: One of `FISHERS`.
         seed: Two integers. For `"exact"` they give each example a random sign in each
             backward pass: what a layer that looks at the whole batch (a batch
             normalisation) makes of other examples then adds up as between the independent
@@ -85,14 +98,15 @@ def output_derivatives(
         column = tf.cast(index, seed.dtype) * (1 << 32)
         return seed + tf.stack([tf.constant(number << 32, seed.dtype), column])
 
-    if fisher == "sampled":
+    if fisher != "exact":
+        draw = _drawn if fisher == "sampled" else _propagated
         return OutputDerivatives(
             sources,
             1,
             lambda _: [
                 tensor
                 for number, part in enumerate(parts)
-                for tensor in part.sample(seed_of(number))
+                for tensor in draw(part, seed_of(number))
             ],
             notes,
             is_empirical,
@@ -109,3 +123,13 @@ def output_derivatives(
         return tensors
 
     return OutputDerivatives(sources, tf.add_n(counts), columns, notes, is_empirical)
+
+
+def _drawn(part: OutputModel, seed: tf.Tensor) -> list[tf.Tensor]:
+    return part.sample(seed)
+
+
+def _propagated(part: OutputModel, seed: tf.Tensor) -> list[tf.Tensor]:
+    """`R z` for independent random signs z (Martens, Sutskever & Swersky 2012)."""
+    dtype = at_least_float32(part.sources[0]).dtype
+    return part.root_times(random_signs(part.root_shape(), seed, dtype))

@@ -49,6 +49,14 @@ class EmpiricalDerivatives:
         """
         return with_random_signs(self._derivatives, seed)
 
+    def root_shape(self) -> tf.Tensor:
+        """Shape of what R is multiplied with: a number for each example, `(B,)`."""
+        return tf.shape(self._derivatives[0])[:1]
+
+    def root_times(self, z: tf.Tensor) -> list[tf.Tensor]:
+        """The derivatives, each example's times its number."""
+        return [scale_examples(tensor, z) for tensor in self._derivatives]
+
     def count_columns(self) -> tf.Tensor:
         """Number of backward passes, 1."""
         return tf.constant(1)

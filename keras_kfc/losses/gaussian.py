@@ -19,9 +19,9 @@ class Gaussian(Likelihood):
         )
         return 2.0**0.5 * noise
 
-    def root_column(self, chosen: tf.Tensor) -> tf.Tensor:
-        """The root of 2 in the chosen output."""
-        return 2.0**0.5 * chosen * tf.ones_like(self.outputs)
+    def times_root(self, z: tf.Tensor) -> tf.Tensor:
+        """Times the root of 2."""
+        return 2.0**0.5 * z
 
 
 register(

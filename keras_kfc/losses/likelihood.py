@@ -10,8 +10,9 @@ the gradients `g` that start the backward pass from
     sqrt(B c_e) R_e[:, k],  one backward pass for each k and summed (exact).
 
 Drawing targets from the prediction is such a `z`: `R_e z` is the derivative of
-the negative log-likelihood of the drawn target. Source: Martens & Grosse
-(2015), section 5; Dangel et al. (2025).
+the negative log-likelihood of the drawn target. Independent random signs are another
+(curvature propagation). Source: Martens & Grosse (2015), section 5; Martens, Sutskever &
+Swersky (2012) for signs; Dangel et al. (2025).
 
 Tensors: B examples, P positions, D output channels or classes.
 """
@@ -73,11 +74,11 @@ class Likelihood(abc.ABC):
         """
 
     @abc.abstractmethod
-    def root_column(self, chosen: tf.Tensor) -> tf.Tensor:
-        """A column of R of each element, of the shape of `outputs`.
+    def times_root(self, z: tf.Tensor) -> tf.Tensor:
+        """`R z` of each element, linear in z.
 
         Args:
-            chosen: 1 at the position and channel of the column, `(1, ..., D)`; zeros elsewhere.
+            z: Of the shape of `outputs`, `(B, ..., D)`.
         """
 
     def sample(self, seed: tf.Tensor) -> list[tf.Tensor]:
@@ -91,6 +92,14 @@ class Likelihood(abc.ABC):
         """
         return self._finish(self.draw(seed))
 
+    def root_shape(self) -> tf.Tensor:
+        """Shape of what R is multiplied with, that of `outputs`."""
+        return tf.shape(self.outputs)
+
+    def root_times(self, z: tf.Tensor) -> list[tf.Tensor]:
+        """Derivatives `R z`, as `sample` returns them."""
+        return self._finish(self.times_root(tf.cast(z, self.outputs.dtype)))
+
     def count_columns(self) -> tf.Tensor:
         """Number of columns of R for one example, P * D."""
         return tf.reduce_prod(tf.shape(self.outputs)[1:])
@@ -100,7 +109,7 @@ class Likelihood(abc.ABC):
         shape = tf.shape(self.outputs)
         chosen = tf.one_hot(index, tf.reduce_prod(shape[1:]), dtype=self.outputs.dtype)
         chosen = tf.reshape(chosen, tf.concat(([1], shape[1:]), axis=0))
-        return self._finish(self.root_column(chosen))
+        return self._finish(self.times_root(tf.broadcast_to(chosen, shape)))
 
     def _move_axis(self, tensor: tf.Tensor, forward: bool) -> tf.Tensor:
         if self._axis == self._rank - 1:

@@ -60,6 +60,14 @@ class OutputHessian:
         """
         return self._finish(random_signs(self._shape, seed, self._view.gradient.dtype))
 
+    def root_shape(self) -> tf.Tensor:
+        """Shape of what R is multiplied with, `(B, E, n)`."""
+        return self._shape
+
+    def root_times(self, z: tf.Tensor) -> list[tf.Tensor]:
+        """Derivatives `R z`, as `sample` returns them."""
+        return self._finish(tf.cast(z, self._view.gradient.dtype))
+
     def count_columns(self) -> tf.Tensor:
         """Number of columns of R for one example, E n."""
         return tf.reduce_prod(self._shape[1:])

@@ -21,3 +21,13 @@ def bytes_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+def inversion_costs_text(shape: tuple[int, int, int]) -> str:
+    """What a stack of symmetric matrices and their inverses take, and the products of inverting.
+
+    Args:
+        shape: `(matrices, rows, rows)`.
+    """
+    count, rows, _ = shape
+    return f"{bytes_text(8 * count * rows**2)}, {count * rows**3:.1e} products"

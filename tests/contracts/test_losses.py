@@ -14,8 +14,11 @@ import tensorflow as tf
 
 from conftest import relative_error
 from keras_kfc.losses.api import OutputModel, kind_of, known_functions
+from keras_kfc.losses.derivatives import output_derivatives
 from keras_kfc.losses.families import family_of
 from keras_kfc.losses.lowest import loss_lower_bound
+from keras_kfc.losses.output_curvature import OutputCurvature
+from keras_kfc.losses.signs import random_signs
 from keras_kfc.losses.terms import LossTerm
 
 EXAMPLES, OUTPUTS = 4, 3
@@ -151,6 +154,51 @@ def test_draws_are_those_of_the_columns(name):
     products = parts[..., :, None] * parts[..., None, :]
     error = products.std(0) / np.sqrt(len(draws)) + 1e-4 * np.abs(expected).max()
     assert (np.abs(products.mean(0) - expected) < 5 * error).all()
+
+
+@every
+def test_curvature_propagation_starts_from_the_root_times_random_signs(name):
+    term, seed = term_of(name), tf.constant([5, 3], tf.int64)
+    model = family_of(term).part
+    derivatives = output_derivatives([term], "curvature_propagation", seed)
+    signs = random_signs(model.root_shape(), seed, tf.float32)
+    assert derivatives.count == 1 and set(signs.numpy().ravel()) <= {-1, 1}
+    for found, expected in zip(
+        derivatives.derivatives(tf.constant(0)), model.root_times(signs), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+@every
+def test_products_with_the_root_and_the_hessian_are_those_of_the_columns(name):
+    """`R z` is linear in z, and `R Rᵀ u` is the columns' matrix times u over all examples."""
+    term = term_of(name)
+    model, rng = family_of(term).part, np.random.default_rng(0)
+    shape = tuple(model.root_shape().numpy())
+    first, second = rng.normal(size=(2, *shape)).astype("float32")
+
+    def times(z):
+        return np.concatenate([p.numpy().ravel() for p in model.root_times(tf.constant(z))])
+
+    np.testing.assert_allclose(
+        times(2 * first - second), 2 * times(first) - times(second), rtol=1e-4, atol=1e-5
+    )
+    if len(model.sources) > 1:
+        return
+    curvature = OutputCurvature([term])
+    columns = columns_of(model)
+    tangents = rng.normal(size=columns.shape[1:]).astype("float32")
+    by_example = np.einsum("bij,bj->bi", matrix_of(columns), tangents.reshape(EXAMPLES, -1))
+    (product,) = curvature.times([tf.reshape(tangents, model.sources[0].shape)])
+    assert relative_error(product.numpy().ravel(), by_example.ravel() / EXAMPLES) < 1e-4
+    whole = np.stack(
+        [curvature.column(tf.constant(i))[0].numpy().ravel() for i in range(int(curvature.size()))]
+    )
+    summed = np.einsum("ki,kj->ij", whole, whole) * EXAMPLES
+    width = summed.shape[1] // EXAMPLES
+    blocks = summed.reshape(EXAMPLES, width, EXAMPLES, width)
+    own = np.stack([blocks[i, :, i] for i in range(EXAMPLES)])
+    assert relative_error(own, matrix_of(columns)) < 1e-4
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.values[0] not in WHOLE_BATCH])

@@ -1,0 +1,103 @@
+"""The blocks of an approximate Fisher matrix on given data, by their eigenvalues."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_kfc.analysis.batches import Batches
+from keras_kfc.analysis.moments import mean_moments
+from keras_kfc.curvature.api import STRUCTURES
+from keras_kfc.curvature.eigenform import Eigenform
+from keras_kfc.maps.api import LinearMap
+from keras_kfc.maps.weights import WeightMatrix
+from keras_kfc.passes.capture import LayerRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysedBlock:
+    """The block of one matrix of a layer.
+
+    Args:
+        path: Path of the matrix.
+        matrix: The matrix.
+        linear_map: It as a linear map.
+        kernel: Index of its kernel among the variables.
+        bias: Index of its bias, or None.
+        eigenform: The block.
+    """
+
+    path: str
+    matrix: WeightMatrix
+    linear_map: LinearMap
+    kernel: int
+    bias: int | None
+    eigenform: Eigenform
+
+    @property
+    def values(self) -> np.ndarray:
+        """Eigenvalues, `(G, a, b)`."""
+        return self.eigenform.values
+
+    def coordinates(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Coordinates, of the shape of `values`, of arrays of all variables' shapes."""
+        kernel = tf.constant(parts[self.kernel], tf.float64)
+        bias = None if self.bias is None else tf.constant(parts[self.bias], tf.float64)
+        return self.eigenform.coordinates(self.linear_map.stack_bias(kernel, bias).numpy())
+
+    def weights(self, coordinates: np.ndarray) -> dict[int, np.ndarray]:
+        """Kernel and bias with some coordinates, by their indices."""
+        joint = tf.constant(self.eigenform.weights(coordinates))
+        return self._by_index(joint)
+
+    def diagonal(self) -> dict[int, np.ndarray]:
+        """The diagonal of the block, by indices of the variables."""
+        return self._by_index(tf.constant(self.eigenform.diagonal()))
+
+    def _by_index(self, joint: tf.Tensor) -> dict[int, np.ndarray]:
+        kernel, bias = self.linear_map.unstack_bias(joint)
+        parts = {self.kernel: kernel.numpy()}
+        if self.bias is not None and bias is not None:
+            parts[self.bias] = bias.numpy()
+        return parts
+
+
+def analysed_blocks(
+    batches: Batches,
+    variables: Sequence[Any],
+    structure: str,
+    fisher: str,
+    seed: int,
+    wanted: Callable[[LayerRecord], bool] = lambda record: True,
+) -> list[AnalysedBlock]:
+    """Measures the blocks of an instrumented model.
+
+    Args:
+        batches: The model, its loss and data.
+        variables: The variables that blocks are over; matrices of others have none.
+        structure: Name of a structure for matrices that have no choice of their own.
+        fisher: One of `keras_kfc.losses.derivatives.FISHERS`.
+        seed: Seed of random numbers.
+        wanted: Which matrices get a block.
+    """
+    index_of = {id(variable): index for index, variable in enumerate(variables)}
+
+    def layout_for(record: LayerRecord) -> Any:
+        matrix = record.matrix
+        if id(matrix.kernel) not in index_of or not wanted(record):
+            return None
+        use_bias = matrix.bias is not None and id(matrix.bias) in index_of
+        kind = STRUCTURES[matrix.structure or structure]
+        return kind.layout(record.linear_map, use_bias, None, matrix.weight_sharing)
+
+    blocks = []
+    for part in mean_moments(batches, fisher, seed, layout_for):
+        matrix = part.matrix
+        bias = index_of[id(matrix.bias)] if part.layout.use_bias else None
+        kernel, eigenform = index_of[id(matrix.kernel)], part.layout.eigenform(part.moments)
+        blocks.append(
+            AnalysedBlock(part.path, matrix, part.layout.linear_map, kernel, bias, eigenform)
+        )
+    return blocks
