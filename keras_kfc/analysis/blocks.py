@@ -13,7 +13,7 @@ from keras_kfc.curvature.api import STRUCTURES
 from keras_kfc.curvature.eigenform import Eigenform
 from keras_kfc.maps.api import LinearMap
 from keras_kfc.maps.weights import WeightMatrix
-from keras_kfc.passes.capture import LayerRecord
+from keras_kfc.passes.records import LayerRecord
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from keras_kfc.analysis.moments import mean_moments
 from keras_kfc.curvature.layout import KroneckerLayout
 from keras_kfc.layers.instrument import temporarily_instrumented
 from keras_kfc.losses.derivatives import FISHERS
-from keras_kfc.passes.capture import LayerRecord
+from keras_kfc.passes.records import LayerRecord
 from keras_kfc.utils.arguments import check_choice
 from keras_kfc.utils.texts import unused_name
 

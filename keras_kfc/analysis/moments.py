@@ -12,7 +12,8 @@ from keras_kfc.curvature.api import BlockLayout
 from keras_kfc.losses.derivatives import output_derivatives
 from keras_kfc.losses.terms import loss_terms
 from keras_kfc.maps.weights import WeightMatrix
-from keras_kfc.passes.capture import Capture, LayerRecord
+from keras_kfc.passes.capture import Capture
+from keras_kfc.passes.records import LayerRecord
 from keras_kfc.passes.statistics import ExampleSubset, batch_size_of, measure
 
 

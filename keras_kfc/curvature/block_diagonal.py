@@ -11,7 +11,7 @@ from keras_kfc.curvature.api import STRUCTURES, BlockLayout, BlockOfRows, Curvat
 from keras_kfc.curvature.choice import planned_blocks
 from keras_kfc.curvature.products import directions_by_rows
 from keras_kfc.layers.instrumented import layer_of_kernel
-from keras_kfc.linalg.precision import factor_dtype
+from keras_kfc.linalg.precision import factor_dtype, stacked
 from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.passes.capture import Capture
 from keras_kfc.passes.products import GradientProduct
@@ -109,7 +109,7 @@ class BlockDiagonal:
     def missing_factors(self, capture: Capture) -> tf.Tensor:
         """Whether any block of a captured layer has no factors yet, a boolean scalar."""
         blocks = self.blocks_in(capture).values()
-        return tf.reduce_any(tf.equal(_stacked([block.ema_weight for block in blocks]), 0))
+        return tf.reduce_any(tf.equal(stacked([block.ema_weight for block in blocks]), 0))
 
     def update(
         self, statistics: BatchStatistics, examples: tf.Tensor, decay: tf.Tensor
@@ -138,12 +138,12 @@ class BlockDiagonal:
         """Whether some layer may get its first factors though none are due, a boolean scalar."""
         inverted = [b.has_inverses for b in self.blocks if b.kernel_index in self._captured]
         # Replicas may differ in who has factors, and not in who has inverses.
-        return tf.reduce_any(tf.equal(_stacked([*inverted, 1.0]), 0))
+        return tf.reduce_any(tf.equal(stacked([*inverted, 1.0]), 0))
 
     def missing_inverses(self, blocks: Sequence[CurvatureBlock]) -> tf.Tensor:
         """Whether any of some blocks has factors but no inverses yet, a boolean scalar."""
-        weights = _stacked([block.ema_weight for block in blocks])
-        without = tf.equal(_stacked([block.has_inverses for block in blocks]), 0)
+        weights = stacked([block.ema_weight for block in blocks])
+        without = tf.equal(stacked([block.has_inverses for block in blocks]), 0)
         return tf.reduce_any((weights > 0) & without)
 
     def refresh(
@@ -181,6 +181,11 @@ class BlockDiagonal:
             part for refresh in refreshes for part in refresh.run(damping, network_mean, invert)
         ]
         return tf.reduce_sum(tf.cast(refused, tf.int32))
+
+    def mean_eigenvalue(self, block: CurvatureBlock) -> tf.Tensor:
+        """Mean eigenvalue of a block without damping, a scalar."""
+        refresh = STRUCTURES[self.structure_of(block)].refresh([block])
+        return refresh.trace / refresh.size
 
     def natural_gradient(
         self,
@@ -274,14 +279,6 @@ class BlockDiagonal:
         if bias is None and block.bias_index is not None:
             bias = tf.zeros((linear_map.outputs,), dtype)
         return tf.cast(kernel, dtype), None if bias is None else tf.cast(bias, dtype)
-
-
-def _stacked(scalars: Sequence[Any]) -> tf.Tensor:
-    """Scalars as one tensor, `(N,)`, float64 if dtypes differ."""
-    tensors = [tf.convert_to_tensor(scalar) for scalar in scalars]
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        tensors = [tf.cast(tensor, tf.float64) for tensor in tensors]
-    return tf.stack(tensors)
 
 
 def _tell_compromises(blocks: Sequence[CurvatureBlock], max_factor_dim: int | None) -> None:

@@ -18,7 +18,7 @@ from keras_kfc._compat.keras_internals import layers_within
 from keras_kfc._compat.layer_hooks import TellsWhenBuilt, kernel_of
 from keras_kfc.maps.api import LinearMap
 from keras_kfc.maps.weights import WeightMatrix
-from keras_kfc.passes.automatic import active_capture
+from keras_kfc.passes.automatic import active_capture, open_for_weights
 from keras_kfc.passes.masks import positions_of
 
 # The classes that `keras_kfc.instrument` changes, and what it changes them to.
@@ -57,6 +57,12 @@ class KroneckerLayer(TellsWhenBuilt):
     path: str
     bias: keras.Variable | None
     quantization_mode: str | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer, in sight of those who differentiate with regard to its weights."""
+        if self.built and is_marked(self):
+            open_for_weights(self.weight_matrices[0].kernel)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def when_built(self) -> None:
         """Lets the kernel variables refer to the layer."""

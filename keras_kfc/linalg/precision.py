@@ -1,6 +1,7 @@
 """Which types numbers are kept and computed in."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -30,3 +31,11 @@ def all_finite(tensors: list[Any]) -> tf.Tensor:
     parts = [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors]
     # Fewer operations than a stack where there are few.
     return functools.reduce(tf.logical_and, parts) if len(parts) < 4 else tf.reduce_all(parts)
+
+
+def stacked(scalars: Sequence[Any]) -> tf.Tensor:
+    """Scalars as one tensor, `(N,)`, float64 if dtypes differ."""
+    tensors = [tf.convert_to_tensor(scalar) for scalar in scalars]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tf.cast(tensor, tf.float64) for tensor in tensors]
+    return tf.stack(tensors)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import keras
+
 from keras_kfc.curvature.api import STRUCTURES
 from keras_kfc.losses.derivatives import FISHERS
 from keras_kfc.maps.sharing import WEIGHT_SHARING
@@ -27,6 +29,8 @@ def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
 # What replicas share out: nothing, or the work of the first, or of both.
 SHARDINGS = ("none", "inverses", "preconditioning")
+# Rules of the step size.
+STEPS = ("polyak", "quadratic")
 # What Keras's own optimizers take, too.
 KERAS_ARGUMENTS = (
     "learning_rate",
@@ -54,6 +58,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "structure": lambda name, value: check_choice(name, value, _structures()),
     "weight_sharing": _or_none(lambda name, value: check_choice(name, value, WEIGHT_SHARING)),
     "max_factor_dim": _or_none(check_positive_integer),
+    "step": lambda name, value: check_choice(name, value, STEPS),
     "sharding": lambda name, value: check_choice(name, value, SHARDINGS),
     "adam_lr_ratio": _number(),
     "seed": lambda name, value: check_seed(value),
@@ -88,6 +93,27 @@ def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If one is out of range.
     """
     return {name: check(name, arguments[name]) for name, check in CHECKS.items()}
+
+
+def check_step(arguments: Mapping[str, Any]) -> None:
+    """Checks that steps of a quadratic model get no arguments that they have no use for.
+
+    Raises:
+        ValueError: If they do.
+    """
+    if arguments["step"] != "quadratic":
+        return
+    for name, why in (("polyak_scaling", "not be None"), ("norm_constraint", "be None")):
+        if (arguments[name] is None) == (name == "polyak_scaling"):
+            raise ValueError(
+                f'Argument `{name}` must {why} for step="quadratic". '
+                f"Received: {name}={arguments[name]}"
+            )
+    if isinstance(arguments["damping"], keras.optimizers.schedules.LearningRateSchedule):
+        raise ValueError(
+            'Argument `damping` must be a number for step="quadratic", which adapts it. '
+            f"Received: damping={arguments['damping']}"
+        )
 
 
 def check_forward_pass(built: bool, capture: Any, **needed: Any) -> None:

@@ -85,6 +85,27 @@ class Directions:
         # One operation, where a square and its sum are three.
         return tf.nn.l2_loss(direction), count
 
+    def shortened(
+        self, longest: tf.Tensor, blocks: Sequence[Sequence[int]]
+    ) -> tuple["Directions", tf.Tensor]:
+        """Directions of which no block's root mean square is above a bound; for dense gradients.
+
+        Args:
+            longest: The bound, a scalar.
+            blocks: For each block the indices of its variables.
+
+        Returns:
+            The directions, and whether any was above the bound.
+        """
+        lengths = tf.sqrt(self.mean_squares(blocks))
+        shares = tf.minimum(1.0, tf.math.divide_no_nan(longest, lengths))
+        shares = tf.where(lengths > 0, shares, 1.0)
+        of = dict(self.of)
+        for share, indices in zip(tf.unstack(shares, len(blocks)), blocks, strict=True):
+            for index in indices:
+                of[index] = tf.cast(share, of[index].dtype) * of[index]
+        return dataclasses.replace(self, of=of), tf.reduce_any(shares < 1)
+
     def moving_rows(self, index: int) -> tf.Tensor | None:
         """Which rows of a table have a gradient, booleans, where that is given for all rows."""
         if index not in self.tables or index in self.rows:

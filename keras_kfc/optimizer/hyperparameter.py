@@ -22,6 +22,10 @@ class Hyperparameter:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name, self._slot = name, f"_{name}"
 
+    def held_by(self, optimizer: Any) -> Any:
+        """The variable of an optimizer that holds the value, or its schedule, or None."""
+        return getattr(optimizer, self._slot)
+
     def check(self, value: Any) -> None:
         """Raises an error in Keras's style if a value cannot be set.
 

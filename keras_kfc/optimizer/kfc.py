@@ -43,26 +43,23 @@ class KFC(WholeStepOptimizer):
         p ← μ p + v
         θ ← θ - w n β / (1 - μ) θ + μ p + v          (p in place of μ p + v without Nesterov)
 
-    In the first steps updates are due more often than the periods say.
+    Updates are due more often in the first steps.
 
     `α` is Polyak's step size in the metric of the Fisher matrix: a gradient, momentum included,
     promises to take off a part `c`, `polyak_scaling`, of the gap `G`, what the loss has above the
     lowest value within reach. `η` is the learning rate: no layer's weights move by more in a
-    step, root mean square and with momentum, as with Adam. `s` is `η` over its highest value so
-    far, so that a schedule acts on all steps. Kernels decay by a part `w` of the step, so far
-    as the gradient is noise, `n`, and by an eighth of `w` at most. `λ` is `damping` times the
-    mean eigenvalue of the layer's own block. The reasons, and what holds where the loss or
-    its lowest value is not known, stand in `docs/method.md`.
+    step, root mean square and with momentum. `s` is `η` over its highest value so far, so that a
+    schedule acts on all steps. Kernels decay by a part `w` of the step, so far as the gradient is
+    noise, `n`. `λ` is `damping` times the mean eigenvalue of the layer's own block. The reasons
+    stand in `docs/method.md`.
 
-    The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with sample,
-    class and loss weights; where a loss has none, the empirical Fisher matrix, and KFC logs so.
-    Adam trains variables of other layers. A step whose derivatives are not finite is skipped and
-    counted; so are such factors and inverses.
+    The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with all weights;
+    where a loss has none, the empirical Fisher matrix, and KFC logs so. Adam trains variables of
+    other layers. Steps, factors and inverses that are not finite are skipped and counted.
 
     Args:
-        learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule`, or a callable
-            without arguments that returns the value to use: `η`, the most that a layer's
-            weights move in a step, root mean square. Defaults to `0.03`.
+        learning_rate: A float, a `LearningRateSchedule`, or a callable without arguments: `η`, the
+            most that a layer's weights move in a step, root mean square. Defaults to `0.03`.
         damping: A float, at least 0, or a `LearningRateSchedule`. Tikhonov damping `λ`, in units of
             mean eigenvalues of the block, or absolute (`relative_damping`). Defaults to `0.15`.
         momentum: Float in [0, 1), the paper's `μ`. Defaults to `0.9`.
@@ -71,48 +68,49 @@ class KFC(WholeStepOptimizer):
             above its lowest value that a gradient may promise to take off. It and `damping` can be
             set during training. None for steps `learning_rate * d`, unbounded. Defaults to `1.0`.
         norm_constraint: Bound of a trust region on the Fisher norm of a step, as a part of `L - L₀`
-            (absolute if `relative_damping=False`), or None for none. Defaults to `None`.
-        fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the model's own
-            prediction (as the paper does), `"empirical"` takes the training targets, `"exact"`
-            sums over all classes or outputs, a backward pass for each. Defaults to `"sampled"`.
-        curvature_ema: Decay of the moving averages of the factors for one
-            update, in [0, 1); batches count by their examples, and small ones are
-            forgotten more slowly, unless it is 0. Defaults to `0.95`.
+            (absolute if `relative_damping=False`), or None. Defaults to `None`.
+        fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the model's prediction
+            (as the paper does), `"curvature_propagation"` draws signs, `"empirical"` takes the
+            training targets, `"exact"` has a pass for each output. Defaults to `"sampled"`.
+        curvature_ema: Decay of the averages of the factors for one update, in [0, 1); small batches
+            are forgotten more slowly, unless it is 0. Defaults to `0.95`.
         curvature_update_period: Steps between factor updates, the paper's `T_s`. Defaults to `10`.
         inverse_update_period: Steps between inverse updates, the paper's `T_f`. Defaults to `20`.
         relative_damping: Whether `damping` and `norm_constraint` are relative, as above, or
             absolute, as in the paper. Defaults to `True`.
-        factor_batch_size: Number of examples of a batch to estimate factors from, drawn anew for
-            each update (neighbours, so shuffle batches), or None for all. Defaults to `None`.
+        factor_batch_size: Number of examples of a batch to estimate factors from, neighbours that
+            are drawn anew for each update, or None for all. Defaults to `None`.
         structure: What the layers' Fisher blocks are kept as: `"kronecker"`, the paper's product of
             two factors, `"diagonal"`, or `"full"`. Defaults to `"kronecker"`.
         weight_sharing: Whether positions that share weights are uncorrelated, `"expand"`, or
             alike, `"reduce"`; None for what suits each layer. Defaults to `None`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size
-            or less (a convolution's kernel positions stay together), which is logged as
-            information; None for no limit. A factor of n rows takes `8 n²` bytes with its
-            inverse, and about `n³` products each time it is inverted. Defaults to `512`.
+            or less (a convolution's kernel positions stay together), which is logged; None for no
+            limit. One of n rows takes `8 n²` bytes with its inverse, and about `n³` products each
+            time it is inverted. Defaults to `512`.
         sharding: What several replicas share out: `"none"`, the work of `"inverses"`, or that and
             `"preconditioning"`, with one exchange more a step. Defaults to `"inverses"`.
+        step: How far a step goes: `"polyak"`, as above, or `"quadratic"`, for large batches on one
+            device: `α` and `μ` minimise a quadratic model with the exact Fisher matrix, `damping`
+            adapts itself, and steps that make their batch's loss worse are not taken. Defaults to
+            `"polyak"`.
         adam_lr_ratio: That of the fallback rule over `learning_rate`. Defaults to `0.2`.
         seed: Integer in [0, 2**31) for the drawn targets, or None for a random one.
         name: Name of the optimizer. Defaults to `"kfc"`.
-        weight_decay: Float, at least 0, or None: decoupled weight decay `w` of all variables
-            of two axes or more (so not of biases and scales) that are not excluded. Kernels of
-            covered layers decay in proportion to the step, as above, all others by a fifth of
-            `w * adam_lr_ratio * learning_rate`, of embeddings only the rows that a batch
-            used. Defaults to `0.02`.
+        weight_decay: Float, at least 0, or None: decoupled weight decay `w` of all variables of two
+            axes or more that are not excluded. Kernels of covered layers decay in proportion to
+            the step, as above, all others by a fifth of `w * adam_lr_ratio * learning_rate`, of
+            embeddings only the rows that a batch used. Defaults to `0.02`.
         clipnorm: Float or None. Norm that the gradient of each weight is clipped to.
         clipvalue: Float or None. What gradients are clipped to.
         global_clipnorm: Float or None. Joint norm that all gradients are clipped to.
-        use_ema: Whether to keep a moving average of the weights, which replaces them when
-            `fit` ends, as the paper evaluates. Defaults to `False`.
-        ema_momentum: Float, decay of that average. The paper's lasts about an epoch:
-            `1 - 1 / steps_per_epoch`. Defaults to `0.99`.
+        use_ema: Whether to keep a moving average of the weights, which replaces them when `fit`
+            ends (to evaluate on it, see `docs/tuning.md`). Defaults to `False`.
+        ema_momentum: Float, decay of that average. Defaults to `0.99`.
         ema_overwrite_frequency: Integer or None. Steps after which it overwrites the weights.
         loss_scale_factor: Float or None. Factor that the loss was multiplied by.
-        gradient_accumulation_steps: Integer or None. If set, weights are updated
-            every so many batches, and the batches' gradients are averaged.
+        gradient_accumulation_steps: Integer or None. Batches whose gradients are averaged for a
+            step.
 
     Attributes:
         blocks: The Fisher blocks, one for each matrix of a covered layer, with their `path`.
@@ -155,6 +153,7 @@ class KFC(WholeStepOptimizer):
         weight_sharing: str | None = None,
         max_factor_dim: int | None = 512,
         sharding: str = "inverses",
+        step: str = "polyak",
         adam_lr_ratio: float = 0.2,
         seed: int | None = None,
         weight_decay: float | None = 0.02,
@@ -173,6 +172,7 @@ class KFC(WholeStepOptimizer):
         base = {argument: given[argument] for argument in arguments.KERAS_ARGUMENTS}
         check_base_arguments(base)
         super().__init__(name=name, **base, **kwargs)
+        arguments.check_step(given)
         for argument, value in arguments.checked(given).items():
             setattr(self, argument, value)
         self.damping = damping

@@ -13,6 +13,7 @@ from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.losses.derivatives import output_derivatives
 from keras_kfc.losses.lowest import loss_lower_bound
 from keras_kfc.losses.terms import loss_terms
+from keras_kfc.optimizer.batch_models import BatchModels
 from keras_kfc.optimizer.notices import Notices
 from keras_kfc.optimizer.schedule import is_update_step
 from keras_kfc.optimizer.settings import Settings
@@ -46,6 +47,7 @@ class Measuring:
         damping: Its rule of damping.
         progress: The losses that it has seen.
         notices: What it has told the user.
+        batch_models: What makes quadratic models of batches, if the step rule asks for them.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Measuring:
         damping: DampingRule,
         progress: Progress,
         notices: Notices,
+        batch_models: BatchModels | None = None,
     ):
+        self._batch_models = batch_models
         self._settings, self._curvature, self._damping = settings, curvature, damping
         self._progress, self._notices = progress, notices
 
@@ -95,6 +99,8 @@ class Measuring:
         )
         if not self._can_use(capture):
             return
+        if self._batch_models is not None:
+            self._batch_models.take_in(capture, terms)
 
         def statistics(sample: ExampleSubset) -> BatchStatistics:
             derivatives = output_derivatives(terms, self._settings.fisher, self._step_seed())

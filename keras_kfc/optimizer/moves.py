@@ -21,13 +21,22 @@ class Moves:
         momentums: A variable for each trainable variable: its momentum, or the average of
             its gradients where there is no block.
         second_moments: Likewise, the averages of squares; None where there is a block.
+        momentum: `μ` of this step, a number or a scalar.
+        nesterov: Whether it is Nesterov's.
     """
 
-    def __init__(self, settings: Settings, momentums: Sequence[Any], second_moments: Sequence[Any]):
-        self._settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        momentums: Sequence[Any],
+        second_moments: Sequence[Any],
+        momentum: Any,
+        nesterov: bool,
+    ):
+        self._settings, self._nesterov = settings, nesterov
         self._momentums, self._second_moments = momentums, second_moments
         # One constant for all variables.
-        self._momentum = functools.cache(lambda dtype: tf.constant(settings.momentum, dtype))
+        self._momentum = functools.cache(lambda dtype: _number(momentum, dtype))
 
     def with_block(
         self,
@@ -48,12 +57,11 @@ class Moves:
             rows: The rows, or None.
             moving_rows: Which rows are moved, booleans, or None for all.
         """
-        settings = self._settings
         step = tf.cast(tf.cast(factor, direction.dtype) * direction, variable.dtype)
         before = _values(self._momentums[index], rows)
         momentum = self._momentum(variable.dtype)
         velocity = momentum * before + step
-        change = momentum * velocity + step if settings.nesterov else velocity
+        change = momentum * velocity + step if self._nesterov else velocity
         if moving_rows is not None:
             velocity = tf.where(moving_rows[:, None], velocity, before)
             change = tf.where(moving_rows[:, None], change, tf.zeros_like(change))
@@ -91,6 +99,11 @@ class Moves:
         if rows is not None:
             values = tf.IndexedSlices(values, rows.indices)
         self._settings.assign(variable, values)
+
+
+def _number(value: Any, dtype: tf.DType) -> tf.Tensor:
+    """A number or a scalar in some dtype, at full precision."""
+    return tf.cast(value, dtype) if tf.is_tensor(value) else tf.constant(value, dtype)
 
 
 def _values(variable: Any, rows: SummedRows | None) -> tf.Tensor:

@@ -6,10 +6,15 @@ from collections.abc import Set
 from typing import Any
 
 from keras_kfc.curvature.block_diagonal import BlockDiagonal
+from keras_kfc.optimizer.batch_models import BatchModels, check_alone
 from keras_kfc.optimizer.measuring import Measuring
 from keras_kfc.optimizer.update import Update
+from keras_kfc.placement.current import current_placement
+from keras_kfc.steps.api import DampingRule
 from keras_kfc.steps.choice import chosen_rule
 from keras_kfc.steps.damping import GivenDamping
+from keras_kfc.steps.levenberg_marquardt import LevenbergMarquardt
+from keras_kfc.steps.quadratic_model import QuadraticSteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +64,21 @@ def parts_of(optimizer: Any, variables: list[Any], left_out: Set[int]) -> Parts:
         else optimizer.add_variable_from_reference(variable, name="second_moment")
         for index, variable in enumerate(variables)
     )
-    damping = GivenDamping(lambda: optimizer.damping, optimizer.relative_damping)
-    rule = chosen_rule(
-        None if optimizer.polyak_scaling is None else polyak_steps,
-        optimizer.norm_constraint,
-        optimizer.relative_damping,
-        progress,
-    )
+    polyak = None if optimizer.polyak_scaling is None else polyak_steps
+    relative = optimizer.relative_damping
+    damping: DampingRule = GivenDamping(lambda: optimizer.damping, relative)
+    rule = chosen_rule(polyak, optimizer.norm_constraint, relative, progress)
+    batch_models = None
+    if optimizer.step == "quadratic":
+        check_alone(current_placement().count)
+        rule = quadratic = QuadraticSteps(polyak_steps)
+        held = type(optimizer).damping.held_by(optimizer)
+        damping = own = LevenbergMarquardt(held, optimizer.add_variable, relative)
+        batch_models = BatchModels(optimizer, variables, curvature, own, momentums, quadratic)
     return Parts(
         curvature,
         momentums,
         second_moments,
-        Measuring(optimizer, curvature, damping, progress, optimizer.notices),
-        Update(optimizer, curvature, rule, progress, momentums, second_moments),
+        Measuring(optimizer, curvature, damping, progress, optimizer.notices, batch_models),
+        Update(optimizer, curvature, rule, progress, momentums, second_moments, batch_models),
     )

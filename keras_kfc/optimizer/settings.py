@@ -21,6 +21,7 @@ class Settings(Protocol):
     relative_damping: bool
     factor_batch_size: int | None
     sharding: str
+    step: str
     adam_lr_ratio: float
     weight_decay: float | None
     loss_scale_factor: float | None

@@ -8,24 +8,22 @@ import tensorflow as tf
 from keras_kfc.curvature.api import Curvature
 from keras_kfc.linalg.precision import all_finite
 from keras_kfc.optimizer.adam import bias_corrections
+from keras_kfc.optimizer.batch_models import BatchModels
 from keras_kfc.optimizer.directions import Directions, directions_of
 from keras_kfc.optimizer.moves import Moves
 from keras_kfc.optimizer.rows import SummedRows, summed_rows
 from keras_kfc.optimizer.settings import Settings
 from keras_kfc.optimizer.shared_directions import shared_natural_gradient
+from keras_kfc.optimizer.step_sizes import StepSizes
 from keras_kfc.passes.products import GradientProduct
 from keras_kfc.placement.current import current_placement
-from keras_kfc.steps.api import StepQuery, StepRule
+from keras_kfc.steps.api import StepRule
 from keras_kfc.steps.loss_trend import Progress
 from keras_kfc.utils.branches import run_if
 
 # Weight decay of variables without a block, over that of kernels with one: with the default
 # of 0.02, that of Keras's AdamW.
 _PLAIN_DECAY = 0.2
-# Part of the weight decay that a step of Polyak's rule makes at most: of a loss E and a slope p the
-# step is E / p and the noise 1 - 2 E / p, whose product is an eighth at most. More would come of
-# a slope that has changed faster than the average of the loss, as where gradients vanish.
-_MOST_DECAY = 0.125
 
 
 class Update:
@@ -39,6 +37,7 @@ class Update:
         momentums: A variable for each trainable variable: its momentum, or the average of
             its gradients where there is no block.
         second_moments: Likewise, the averages of squares; None where there is a block.
+        batch_models: Makes quadratic models of the loss, for rules that ask for them.
     """
 
     def __init__(
@@ -49,9 +48,12 @@ class Update:
         progress: Progress,
         momentums: Sequence[Any],
         second_moments: Sequence[Any],
+        batch_models: BatchModels | None = None,
     ):
+        self._batch_models = batch_models
         self._settings, self._curvature = settings, curvature
-        self._rule, self._progress = rule, progress
+        self._rule = rule
+        self._sizes = StepSizes(settings, curvature, rule, progress, len(momentums))
         self._momentums, self._second_moments = momentums, second_moments
         self._offered: Mapping[int, GradientProduct] = {}
 
@@ -103,20 +105,37 @@ class Update:
             [clipped_slope, *(whole[i] for i in hidden), *values.values(), *squares]
         )
         learning_rate = tf.cast(learning_rate, tf.float32)
+        query = self._sizes.query(learning_rate, clipped_slope, slopes, directions)
+        if self._batch_models is not None and self._batch_models.knows(directions):
+            directions, query = self._batch_models.asked(
+                query, directions, summed, self._sizes.members(directions)
+            )
 
         def update() -> None:
             fallback_rate = settings.adam_lr_ratio * learning_rate
             plain_decay = _PLAIN_DECAY * fallback_rate * (settings.weight_decay or 0.0)
             factors: dict[int, tf.Tensor] = {}
             decays: dict[int, tf.Tensor] = {}
-            share = tf.ones(())
+            share, momentum = tf.ones(()), settings.momentum
             if directions:
-                rates, share = self._rates(learning_rate, clipped_slope, slopes, directions)
-                factors = self._by_variable(-rates, directions)
-                decay = self._decay_rates(rates, tf.reduce_sum(slopes), plain_decay)
-                decays = self._by_variable(decay, directions)
+                rates, share = self._sizes.rates(query, directions)
+                momentum = self._rule.momentum(query)
+                factors = self._sizes.by_variable(-rates, directions)
+                if self._batch_models is not None and query.model is not None:
+                    rate = tf.reduce_max(rates)
+                    kept = self._batch_models.tried(variables, directions, query, rate, momentum)
+                    momentum *= kept
+                    factors = {index: kept * factor for index, factor in factors.items()}
+                decay = self._sizes.decay_rates(rates, tf.reduce_sum(slopes), plain_decay)
+                decays = self._sizes.by_variable(decay, directions)
             corrections = bias_corrections(settings.iterations + 1)
-            moves = Moves(settings, self._momentums, self._second_moments)
+            moves = Moves(
+                settings,
+                self._momentums,
+                self._second_moments,
+                momentum,
+                settings.nesterov and query.model is None,
+            )
             changes = []
             for index, variable in variables.items():
                 used = rows.get(index)
@@ -147,6 +166,8 @@ class Update:
                 settings.watched_steps.observe(share, list(parts.values()), changes)
 
         run_if(usable, update)
+        if self._batch_models is not None:
+            self._batch_models.done()
         settings.skipped_steps.assign_add(tf.cast(~usable, tf.int64))
 
     def _directions_of(
@@ -181,7 +202,7 @@ class Update:
         self, variables: Mapping[int, Any], gradients: Sequence[Any]
     ) -> dict[int, SummedRows]:
         """Gradients of the rows that a batch used, where nothing else need be moved."""
-        if current_placement().count > 1:
+        if current_placement().count > 1 or self._batch_models is not None:
             return {}
         return {
             index: summed_rows(part, variables[index].shape[0])
@@ -196,75 +217,6 @@ class Update:
         settings = self._settings
         matrix = settings.weight_decay is not None and len(variable.shape) >= 2
         return matrix and settings.may_decay(variable)
-
-    def _decay_rates(self, rates: tf.Tensor, slope: tf.Tensor, plain_decay: tf.Tensor) -> tf.Tensor:
-        """What the weights of each block are multiplied by and lose, `(variables,)`.
-
-        Args:
-            rates: `α_b`, likewise.
-            slope: `g · F⁻¹ g` before gradients were clipped, a scalar.
-            plain_decay: The same for variables without a block, a scalar.
-        """
-        settings = self._settings
-        scale = settings.polyak_scaling
-        most = 1.0 if scale is None else _MOST_DECAY * tf.cast(scale, tf.float32)
-        rates = rates / (1 - settings.momentum) * self._progress.noise_share(slope)
-        rates = tf.minimum(rates, most)
-        decay = (settings.weight_decay or 0.0) * rates
-        # Steps have the units of the curvature where a lowest loss is known.
-        return tf.where(self._progress.measured_from_lowest, decay, plain_decay)
-
-    def _rates(
-        self,
-        learning_rate: tf.Tensor,
-        clipped_slope: tf.Tensor,
-        slopes: tf.Tensor,
-        directions: Directions,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Rates of all blocks, `(variables,)`; and the mean part of the longest step allowed.
-
-        Args:
-            learning_rate: The learning rate.
-            clipped_slope: `g · F⁻¹ g`, a scalar.
-            slopes: The same before gradients were clipped, `(2,)`,
-                of all but tables and of tables.
-            directions: Preconditioned gradients.
-        """
-        members = self._members_of_blocks(directions)
-        own = [members.get(index, ()) for index in range(len(self._momentums))]
-        squares = directions.mean_squares(own)
-        polyak = self._settings.polyak_scaling
-        query = StepQuery(
-            learning_rate=learning_rate,
-            momentum=self._settings.momentum,
-            scale=tf.constant(1.0) if polyak is None else tf.cast(polyak, tf.float32),
-            slope=slopes[0],
-            table_slope=slopes[1],
-            clipped_slope=clipped_slope,
-            squares=squares,
-            tables=tf.constant([i in directions.tables for i in range(len(self._momentums))]),
-        )
-        rates, longest = self._rule.rates(query), self._rule.longest(query)
-        of_kernels = list(members)
-        share = tf.math.divide_no_nan(tf.gather(rates, of_kernels), tf.gather(longest, of_kernels))
-        return rates, tf.reduce_mean(share)
-
-    def _members_of_blocks(self, directions: Directions) -> dict[int, list[int]]:
-        """Indices of the variables of each block, by that of its kernel."""
-        return {
-            block.kernel_index: [
-                i
-                for i in (block.kernel_index, block.bias_index)
-                if i is not None and i in directions
-            ]
-            for block in self._curvature.blocks
-        }
-
-    def _by_variable(self, of_blocks: tf.Tensor, directions: Directions) -> dict[int, tf.Tensor]:
-        """Numbers of blocks, `(variables,)`, by index of each of their variables."""
-        apart = tf.unstack(of_blocks, len(self._momentums))
-        members = self._members_of_blocks(directions)
-        return {i: apart[kernel] for kernel, own in members.items() for i in own}
 
 
 def _slopes(directions: Directions, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:

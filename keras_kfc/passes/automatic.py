@@ -9,20 +9,23 @@ not always the same ones in the forward pass and for the optimizer.
 """
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from keras_kfc._compat.keras_internals import call_context, compiled_loss_of
+from keras_kfc.passes.again import unwatch_data, watch_data
 from keras_kfc.passes.capture import (
     Capture,
-    LossEvaluation,
     close_captures_of_models,
     innermost_capture,
     is_differentiated,
 )
 from keras_kfc.passes.loops import recorder_of_loop
+from keras_kfc.passes.records import LossEvaluation
 from keras_kfc.placement.current import replica_number
 
 _logger = logging.getLogger("keras_kfc")
@@ -75,7 +78,13 @@ def active_capture(kernel: Any) -> Any:
             return None
         pending.capture.close()
     watch_loss(model)
-    capture = Capture()
+    # Of the model that trains, since a part of it knows none of the data.
+    needed: Sequence[Any] = ()
+    if model is not None and optimizer.step == "quadratic":
+        needed = model.trainable_variables
+    if needed:
+        watch_data(model, functools.partial(_note_loss_again, model))
+    capture = Capture(needed)
     capture.model = model
     capture.open()
     if finished is not None:
@@ -87,6 +96,23 @@ def active_capture(kernel: Any) -> Any:
         )
     optimizer.automatic_captures.by_replica[replica_number()] = _Pending(context, capture)
     return capture
+
+
+def open_for_weights(kernel: Any) -> None:
+    """Opens the capture before a layer is called, if its optimizer asks for Jacobians.
+
+    Statistics need what follows a layer's products alone, derivatives with regard to its weights
+    the products, too.
+
+    Args:
+        kernel: A kernel variable of the layer.
+    """
+    if innermost_capture() is not None or recorder_of_loop() is not None:
+        return
+    model = getattr(call_context(), "entry_layer", None)
+    optimizer = kronecker_optimizer(getattr(model, "optimizer", None))
+    if optimizer is not None and optimizer.step == "quadratic":
+        active_capture(kernel)
 
 
 def take_capture(optimizer: Any) -> Capture | None:
@@ -144,10 +170,18 @@ def watch_loss(model: Any) -> None:
 
 
 def unwatch_loss(model: Any) -> None:
-    """Undoes `watch_loss`."""
+    """Undoes `watch_loss`, and what goes with it."""
+    unwatch_data(model)
     compiled = compiled_loss_of(model)
     if compiled is not None:
         vars(compiled).pop("call", None)
+
+
+def _note_loss_again(model: Any, loss_again: Callable[[], tf.Tensor]) -> None:
+    optimizer = kronecker_optimizer(model.optimizer)
+    pending = None if optimizer is None else _pending_of(optimizer)
+    if pending is not None and pending.capture.is_open:
+        pending.capture.loss_again = loss_again
 
 
 class AutomaticCaptures:

@@ -13,104 +13,26 @@ as interleaved threads.
 """
 
 import contextlib
-import dataclasses
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from keras_kfc._compat.tensorflow_internals import current_graph, is_recording, outer_graph
-from keras_kfc.maps.api import LinearMap
 from keras_kfc.maps.weights import WeightMatrix
-from keras_kfc.passes.probes import with_probe
-
-
-@dataclasses.dataclass(eq=False)
-class Use:
-    """One use of one layer in a forward pass, and what its backward passes tell of it.
-
-    Args:
-        kernel: The kernel variable of one of its matrices.
-        inputs: The matrix's input `a`, or a function that computes it in the graph that asks.
-        pre_activation: Its pre-activation `s`.
-        mask: Keras's mask of the input, booleans for its first axes, or None.
-        derivative: What ordinary backward passes sent to `s`, their sum, or None if there was
-            none. Only those count that differentiate with regard to the kernel: a generator's
-            loss reaches a discriminator's layers, too, but its gradient is not theirs.
-        is_added: Whether `pre_activation` is zeros that are added to the layer's own, which has the
-            same derivative.
-        differentiated_again: Whether a gradient of the kernel goes through a derivative of `s`,
-            as that of a differential equation or of a gradient penalty does.
-    """
-
-    kernel: keras.Variable
-    inputs: Any
-    pre_activation: tf.Tensor
-    mask: tf.Tensor | None = None
-    derivative: tf.Tensor | None = None
-    is_added: bool = False
-    differentiated_again: bool = False
-
-    def dense_inputs(self) -> tf.Tensor:
-        """The input as a dense tensor; to be called where it is needed.
-
-        Floating-point numbers, unless a function computes it, whose result is taken as it is.
-        """
-        if callable(self.inputs):
-            return self.inputs()
-        inputs = self.inputs
-        dense = tf.sparse.to_dense(inputs) if isinstance(inputs, tf.SparseTensor) else inputs
-        return dense if dense.dtype.is_floating else tf.cast(dense, self.pre_activation.dtype)
-
-
-@dataclasses.dataclass
-class LayerRecord:
-    """All uses of one matrix of an instrumented layer in one forward pass.
-
-    Args:
-        path: The matrix's path, for messages.
-        matrix: The matrix.
-        uses: Its uses, in their order.
-    """
-
-    path: str
-    matrix: WeightMatrix
-    uses: list[Use] = dataclasses.field(default_factory=list)
-
-    @property
-    def linear_map(self) -> LinearMap:
-        """How the matrix's tensors map to Kronecker factors."""
-        return self.matrix.linear_map
-
-    def differentiated_uses(self) -> list[Use]:
-        """The uses that the ordinary backward pass has reached."""
-        return [use for use in self.uses if use.derivative is not None]
-
-
-@dataclasses.dataclass
-class LossEvaluation:
-    """One call of a compiled loss.
-
-    Args:
-        compiled: Keras's `CompileLoss`.
-        y_true: Targets.
-        y_pred: Outputs.
-        sample_weight: Sample weights or None.
-        value: The loss, without regularisation and added losses, a scalar.
-    """
-
-    compiled: Any
-    y_true: Any
-    y_pred: Any
-    sample_weight: Any
-    value: tf.Tensor
+from keras_kfc.passes.jacobian import Jacobian
+from keras_kfc.passes.probes import unnoticed, with_probe
+from keras_kfc.passes.records import LayerRecord, LossEvaluation, Use
 
 
 class Capture:
     """Records inputs and pre-activations of instrumented layers.
+
+    Args:
+        variables: The model's trainable variables, which `KFC(step="quadratic")` needs to
+            differentiate with regard to; by default none.
 
     Example:
 
@@ -121,10 +43,13 @@ class Capture:
     ['dense']
     """
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Iterable[Any] = ()) -> None:
         self.records: dict[int, LayerRecord] = {}
         self.loss: LossEvaluation | None = None
         self.model: Any = None
+        # Computes the loss of this batch once more, at the weights of the moment.
+        self.loss_again: Callable[[], tf.Tensor] | None = None
+        self._watched = list(variables)
         # Only pre-activations are watched: the tape holds what lies between
         # them and the outputs, nothing of the ordinary backward pass.
         self._tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
@@ -144,6 +69,8 @@ class Capture:
         """Starts recording."""
         self._graph = current_graph()
         self._tape.__enter__()
+        for variable in self._watched:
+            self._tape.watch(getattr(variable, "value", variable))
         self.is_open = True
         _opened.recording.append((weakref.ref(self), self._tape))
 
@@ -219,6 +146,14 @@ class Capture:
             graph = outer_graph(graph)
         if graph is not self._graph:
             raise _out_of_reach(self.paths)
+
+    def has_watched(self, variable: Any) -> bool:
+        """Whether outputs can be differentiated with regard to a variable."""
+        return any(variable is own for own in self._watched)
+
+    def jacobian(self, sources: Sequence[tf.Tensor], variables: Sequence[Any]) -> Jacobian:
+        """The Jacobian of some outputs with regard to variables that were watched."""
+        return Jacobian(self._tape, sources, variables, unnoticed)
 
     def differentiate(
         self, sources: Sequence[tf.Tensor], derivatives: Sequence[tf.Tensor]

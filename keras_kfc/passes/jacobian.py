@@ -6,7 +6,8 @@ variables in the first is the same, and whatever layers can be differentiated tw
 between. Of the backward pass itself the graph keeps nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import tensorflow as tf
@@ -19,14 +20,20 @@ class Jacobian:
         tape: The persistent tape that recorded the pass and watched the variables.
         sources: The outputs.
         variables: The variables. What the outputs do not depend on has zeros.
+        around: Makes a context for its backward passes.
     """
 
     def __init__(
-        self, tape: tf.GradientTape, sources: Sequence[tf.Tensor], variables: Sequence[Any]
+        self,
+        tape: tf.GradientTape,
+        sources: Sequence[tf.Tensor],
+        variables: Sequence[Any],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
+        self._around = around
         self._tape = tape
         self._sources = list(sources)
-        self._variables = [getattr(variable, "value", variable) for variable in variables]
+        self._of = [getattr(variable, "value", variable) for variable in variables]
 
     def transposed_times(self, cotangents: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """`Jᵀ u`, a tensor for each variable.
@@ -34,12 +41,13 @@ class Jacobian:
         Args:
             cotangents: A tensor for each source, of its shape and dtype.
         """
-        gradients = self._tape.gradient(
-            self._sources,
-            self._variables,
-            output_gradients=list(cotangents),
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
+        with self._around():
+            gradients = self._tape.gradient(
+                self._sources,
+                self._of,
+                output_gradients=list(cotangents),
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
         return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
     def times(self, vectors: Sequence[tf.Tensor]) -> list[tf.Tensor]:

@@ -20,7 +20,8 @@ import keras
 import tensorflow as tf
 
 from keras_kfc.maps.weights import WeightMatrix
-from keras_kfc.passes.capture import Capture, Use
+from keras_kfc.passes.capture import Capture
+from keras_kfc.passes.records import Use
 
 
 @dataclasses.dataclass

@@ -6,8 +6,10 @@ says nothing of the layer's Fisher block: `tape.gradient` runs through all that 
 has recorded, whatever is differentiated.
 """
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -15,11 +17,29 @@ import tensorflow as tf
 from keras_kfc._compat.tensorflow_internals import differentiates_for, is_recording
 
 
+class _Noticing(threading.local):
+    def __init__(self) -> None:
+        self.paused = False
+
+
+_noticing = _Noticing()
+
+
+@contextlib.contextmanager
+def unnoticed() -> Iterator[None]:
+    """Backward passes inside of it are not the training's, and tell of nothing."""
+    before, _noticing.paused = _noticing.paused, True
+    try:
+        yield
+    finally:
+        _noticing.paused = before
+
+
 def with_probe(use: Any) -> tf.Tensor:
     """A use's pre-activation behind a probe.
 
     Args:
-        use: The `keras_kfc.passes.capture.Use`; its `derivative` and `differentiated_again` will be
+        use: The `keras_kfc.passes.records.Use`; its `derivative` and `differentiated_again` will be
             set.
     """
     # TensorFlow keeps these functions, in a graph for as long as the process lives.
@@ -44,7 +64,7 @@ def with_probe(use: Any) -> tf.Tensor:
 
 def _received(reference: "weakref.ref[Any]", derivative: tf.Tensor) -> tf.Tensor:
     use = reference()
-    if use is None:
+    if use is None or _noticing.paused:
         return derivative
     derivative = tf.convert_to_tensor(derivative)
     # One that arrives in a loop's graph cannot be used outside.

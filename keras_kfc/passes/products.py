@@ -16,7 +16,8 @@ from typing import Any
 import tensorflow as tf
 
 from keras_kfc.maps.weights import WeightMatrix
-from keras_kfc.passes.capture import Capture, LayerRecord, Use
+from keras_kfc.passes.capture import Capture
+from keras_kfc.passes.records import LayerRecord, Use
 
 # Operations that change the form of a tensor alone.
 _FORM = {"Identity", "IdentityN", "Reshape", "Cast", "Transpose", "ExpandDims", "Squeeze"}

@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from keras_kfc.linalg.precision import all_finite
 from keras_kfc.losses.derivatives import OutputDerivatives
-from keras_kfc.passes.capture import Capture, Use
+from keras_kfc.passes.capture import Capture
+from keras_kfc.passes.records import Use
 
 
 def batch_size_of(y_pred: Any) -> tf.Tensor:

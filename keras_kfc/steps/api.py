@@ -5,9 +5,39 @@ the index of their kernel among the trainable variables; at all other indices no
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class QuadraticModel:
+    """A quadratic model of a batch's loss over two directions, for steps `-α d + μ p`.
+
+    Args:
+        curvature: `d·C d`, `d·C p` and `p·C p`, `(2, 2)`, float32, with `C` the exact Fisher
+            matrix and damping, d the direction and p the last step.
+        slopes: `g·d` and `g·p`, `(2,)`, float32.
+        longest: The largest `α` that is allowed, a float32 scalar.
+        share: Part of the best `α` that a step takes, likewise; less than 1 where gradients are
+            noise.
+    """
+
+    curvature: tf.Tensor
+    slopes: tf.Tensor
+    longest: tf.Tensor
+    share: tf.Tensor
+
+    def change(self, rates: tf.Tensor, momentum: tf.Tensor) -> tf.Tensor:
+        """What the model says that a step changes the loss by, a scalar.
+
+        Args:
+            rates: `α`, a scalar.
+            momentum: `μ`.
+        """
+        step = tf.stack([-rates, momentum])
+        quadratic = tf.reduce_sum(step * tf.linalg.matvec(self.curvature, step))
+        return tf.reduce_sum(step * self.slopes) + quadratic / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +54,7 @@ class StepQuery:
         clipped_slope: The same over all blocks, of the gradient that the step is along.
         squares: Mean square of each block's direction, `(variables,)`, float32.
         tables: Which blocks are such tables, `(variables,)`, booleans.
+        model: A quadratic model of the batch's loss, or None.
     """
 
     learning_rate: tf.Tensor
@@ -34,6 +65,7 @@ class StepQuery:
     clipped_slope: tf.Tensor
     squares: tf.Tensor
     tables: tf.Tensor
+    model: QuadraticModel | None = None
 
 
 class StepRule(Protocol):
@@ -41,6 +73,9 @@ class StepRule(Protocol):
 
     def rates(self, query: StepQuery) -> tf.Tensor:
         """`α_b` of all blocks, `(variables,)`; moves what is remembered, once for each step."""
+
+    def momentum(self, query: StepQuery) -> Any:
+        """`μ` of the step, a number or a scalar; changes nothing."""
 
     def longest(self, query: StepQuery) -> tf.Tensor:
         """The largest rates that the rule allows, `(variables,)`."""

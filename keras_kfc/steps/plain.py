@@ -12,6 +12,10 @@ class PlainSteps:
         """The learning rate for each block, `(variables,)`."""
         return tf.fill(tf.shape(query.squares), query.learning_rate)
 
+    def momentum(self, query: StepQuery) -> float:
+        """What the optimizer was given."""
+        return query.momentum
+
     def longest(self, query: StepQuery) -> tf.Tensor:
         """Likewise."""
         return self.rates(query)

@@ -18,6 +18,7 @@ and where the loss is never seen, `α_b` is `_BLIND` times the bound, with the s
 within the bound. Why each part is there stands in `docs/method.md`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,21 @@ _UNKNOWN = 0.33
 _BLIND = 0.2
 # Steps after which the fall of a loss tells of its gap.
 _FIRST_STEPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PolyakSizes:
+    """What the rule says of a step.
+
+    Args:
+        rates: `α_b` of all blocks, `(variables,)`.
+        polyak: The same without a bound, `α`, a scalar or for each block.
+        early: Whether nothing is known of the loss yet, a boolean scalar.
+    """
+
+    rates: tf.Tensor
+    polyak: tf.Tensor
+    early: tf.Tensor
 
 
 class PolyakSteps:
@@ -70,6 +86,14 @@ class PolyakSteps:
 
     def rates(self, query: StepQuery) -> tf.Tensor:
         """Rates of all blocks, `(variables,)`; moves what is remembered."""
+        return self.sizes(query).rates
+
+    def momentum(self, query: StepQuery) -> float:
+        """What the optimizer was given."""
+        return query.momentum
+
+    def sizes(self, query: StepQuery) -> PolyakSizes:
+        """Rates of all blocks, and what they come from; moves what is remembered."""
         learning_rate, progress = query.learning_rate, self._progress
         self._highest_rate.assign(tf.maximum(self._highest_rate, learning_rate))
         scale = query.scale * tf.math.divide_no_nan(learning_rate, self._highest_rate.value)
@@ -87,7 +111,8 @@ class PolyakSteps:
         blind = _BLIND * scale * tf.math.divide_no_nan(longest, tf.sqrt(usual))
         within = tf.minimum(polyak, tf.where(known, 1.0, _UNKNOWN) * bound)
         early = ~known & (progress.steps_seen <= _FIRST_STEPS)
-        return tf.where(early | ~progress.seen, tf.minimum(blind, bound), within)
+        early |= ~progress.seen
+        return PolyakSizes(tf.where(early, tf.minimum(blind, bound), within), polyak, early)
 
     def longest(self, query: StepQuery) -> tf.Tensor:
         """The bound, `η (1 - μ) / rms(d_b)`, `(variables,)`."""

@@ -1,5 +1,7 @@
 """A bound on the Fisher norm of all steps together."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_kfc.steps.api import StepQuery, StepRule
@@ -30,6 +32,10 @@ class TrustRegion:
         squared = tf.maximum(query.clipped_slope, 0.0)
         within = tf.sqrt(tf.math.divide_no_nan(bound, squared))
         return tf.minimum(self._rule.rates(query), within)
+
+    def momentum(self, query: StepQuery) -> Any:
+        """What the rule says."""
+        return self._rule.momentum(query)
 
     def longest(self, query: StepQuery) -> tf.Tensor:
         """What the rule allows."""

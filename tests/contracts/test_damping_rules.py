@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_kfc import KFC
 from keras_kfc.steps.api import DampingRule
 from keras_kfc.steps.damping import GivenDamping
+from keras_kfc.steps.levenberg_marquardt import LevenbergMarquardt
 
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.1)
 
@@ -17,10 +18,16 @@ def of_an_optimizer(damping):
     return GivenDamping(lambda: optimizer.damping, True)
 
 
+def adaptive():
+    held = keras.Variable(0.3)
+    return LevenbergMarquardt(held, lambda shape, dtype, name: keras.Variable(0.0), True)
+
+
 # A line for each rule.
 RULES = {
     "number": lambda: GivenDamping(lambda: 0.3, False),
     "nothing": lambda: GivenDamping(lambda: 0.0, True),
+    "adaptive": adaptive,
     "of an optimizer": lambda: of_an_optimizer(0.2),
     "schedule of an optimizer": lambda: of_an_optimizer(SCHEDULE),
 }

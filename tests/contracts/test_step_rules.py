@@ -1,14 +1,17 @@
 """What every rule of the step size must do."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfc.steps.api import StepQuery
+from keras_kfc.steps.api import QuadraticModel, StepQuery
 from keras_kfc.steps.loss_trend import Progress
 from keras_kfc.steps.plain import PlainSteps
 from keras_kfc.steps.polyak import PolyakSteps
+from keras_kfc.steps.quadratic_model import QuadraticSteps
 from keras_kfc.steps.trust_region import TrustRegion
 
 
@@ -26,12 +29,41 @@ def polyak(known):
     return rule, progress
 
 
+class Quadratic:
+    """The rule with a model of a batch, as the optimizer asks it."""
+
+    def __init__(self):
+        self._rule = QuadraticSteps(polyak(True)[0])
+        self.longest, self.momentum = (
+            self._with(self._rule.longest),
+            self._with(self._rule.momentum),
+        )
+
+    def _with(self, method):
+        return lambda query: method(dataclasses.replace(query, model=self._model(query)))
+
+    def _model(self, query, moves=False):
+        share = self._rule.share(query) if moves else tf.constant(0.3)
+        share = tf.minimum(share, tf.sign(query.learning_rate))
+        slopes = tf.stack([query.slope, 0.1 * query.slope])
+        return QuadraticModel(
+            tf.constant([[4.0, 0.5], [0.5, 3.0]]), slopes, tf.constant(1.0), share
+        )
+
+    def rates(self, query):
+        model = dataclasses.replace(self._model(query, moves=True), share=tf.constant(0.3))
+        model = dataclasses.replace(model, share=0.3 * tf.sign(query.learning_rate))
+        return self._rule.rates(dataclasses.replace(query, model=model))
+
+
 # A line for each rule.
 RULES = {
     "plain": PlainSteps,
     "polyak": lambda: polyak(True)[0],
     "polyak, lowest loss unknown": lambda: polyak(False)[0],
     "polyak, loss hidden": lambda: polyak(None)[0],
+    "quadratic, no model": lambda: QuadraticSteps(polyak(True)[0]),
+    "quadratic": Quadratic,
     "plain in a trust region": lambda: TrustRegion(PlainSteps(), 1e-3, True, polyak(True)[1]),
     "polyak in a trust region": lambda: TrustRegion(polyak(True)[0], 1e-3, False, polyak(True)[1]),
 }
