@@ -92,8 +92,23 @@ def analysed_blocks(
         kind = STRUCTURES[matrix.structure or structure]
         return kind.layout(record.linear_map, use_bias, None, matrix.weight_sharing)
 
+    measured = mean_moments(batches, fisher, seed, layout_for)
+    refined = {
+        id(part.matrix.kernel): part.layout.refined(part.moments)
+        for part in measured
+        if hasattr(part.layout, "refined")
+    }
+    if refined:
+
+        def in_basis(record: LayerRecord) -> Any:
+            return refined.get(id(record.matrix.kernel))
+
+        # Once more, in a basis that the first pass over the data told.
+        again = mean_moments(batches, fisher, seed, in_basis)
+        better = {id(part.matrix.kernel): part for part in again}
+        measured = [better.get(id(part.matrix.kernel), part) for part in measured]
     blocks = []
-    for part in mean_moments(batches, fisher, seed, layout_for):
+    for part in measured:
         matrix = part.matrix
         bias = index_of[id(matrix.bias)] if part.layout.use_bias else None
         kernel, eigenform = index_of[id(matrix.kernel)], part.layout.eigenform(part.moments)

@@ -38,7 +38,8 @@ class KroneckerFisherOperator:
             known without.
         loss: The loss, as `keras.Model.compile` takes it. Defaults to the compiled one.
         damping: `λ`, at least 0.
-        structure: `"kronecker"`, `"diagonal"` or `"full"`, as of `keras_kfc.KFC`.
+        structure: `"kronecker"`, `"eigenbasis"` (a second pass over the data), `"diagonal"` or
+            `"full"`, as of `keras_kfc.KFC`.
         fisher: `"exact"`, `"sampled"`, `"curvature_propagation"` or `"empirical"`.
         batch_size: Number of examples to run at a time.
         seed: Seed of random numbers, or None for a random one.

@@ -208,8 +208,8 @@ def laplace(
         x: The data that it was trained on.
         y: Their targets.
         loss: The loss, as `keras.Model.compile` takes it. Defaults to the compiled one.
-        structure: What layers' blocks are kept as: `"kronecker"`, `"diagonal"`, or `"full"`, which
-            is for layers of few weights.
+        structure: What layers' blocks are kept as: `"kronecker"`, `"eigenbasis"`, `"diagonal"`, or
+            `"full"`, which is for layers of few weights.
         layers: `"all"`, or `"last"` for the last layer that has a block; the others' weights
             are fixed then.
         prior_precision: `δ`, or None for the one with the largest evidence.
@@ -237,7 +237,7 @@ def laplace(
     >>> mean.shape, covariance.shape
     ((5, 1), (5, 1, 1))
     """
-    check_choice("structure", structure, ("kronecker", "diagonal", "full"))
+    check_choice("structure", structure, ("kronecker", "eigenbasis", "diagonal", "full"))
     check_choice("layers", layers, ("all", "last"))
     check_choice("fisher", fisher, FISHERS)
     for name, given in (("prior_precision", prior_precision), ("noise_variance", noise_variance)):

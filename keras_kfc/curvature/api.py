@@ -78,6 +78,10 @@ class CurvatureBlock(Protocol):
     def state(self) -> Mapping[str, keras.Variable]:
         """All variables of the block, by what they are for."""
 
+    @property
+    def measured(self) -> BlockLayout:
+        """What to measure of a batch now: the layout, or one with what the block has learnt."""
+
     def update(
         self,
         moments: Sequence[tf.Tensor],

@@ -48,6 +48,8 @@ class AveragedBlock:
 
         self._factors = {name: add(name, shape) for name, shape in layout.factor_shapes.items()}
         self._inverses = {name: add(name, shape) for name, shape in layout.inverse_shapes.items()}
+        basis = getattr(layout, "basis_shapes", {})
+        self._basis = {name: add(name, shape) for name, shape in basis.items()}
         self.ema_weight = add("weight", ())
         self.has_inverses = add("inverted", ())
 
@@ -55,7 +57,12 @@ class AveragedBlock:
     def state(self) -> dict[str, keras.Variable]:
         """All variables of the block, by what they are for."""
         scalars = {"weight": self.ema_weight, "inverted": self.has_inverses}
-        return {**self._factors, **self._inverses, **scalars}
+        return {**self._factors, **self._inverses, **self._basis, **scalars}
+
+    @property
+    def measured(self) -> BlockLayout:
+        """What to measure of a batch: the layout, which may know more now than at first."""
+        return self.layout
 
     def update(
         self,

@@ -91,7 +91,7 @@ class BlockDiagonal:
 
     def layouts_in(self, capture: Capture) -> dict[int, BlockLayout]:
         """What to measure of the layers in a capture, by record key."""
-        return {key: block.layout for key, block in self.blocks_in(capture).items()}
+        return {key: block.measured for key, block in self.blocks_in(capture).items()}
 
     def note_captured(self, capture: Capture) -> None:
         """Notes that the layers in a capture are being measured, in a graph perhaps."""

@@ -51,7 +51,7 @@ class DiagonalLayout(LayoutOfExamples):
             # One position for each example: the square of a product is the product of squares.
             squares = (
                 tf.square(self.rows(inputs)),
-                tf.square(self.linear_map.derivative_rows(derivatives)),
+                tf.square(self.columns(derivatives)),
             )
             return tf.matmul(*squares, transpose_a=True)
         examples = tf.shape(inputs, tf.int64)[0]
@@ -69,7 +69,7 @@ class DiagonalLayout(LayoutOfExamples):
 
         def squares_of(number: tf.Tensor) -> tf.Tensor:
             rows = self.rows(all_inputs[number])
-            columns = self.linear_map.derivative_rows(all_derivatives[number])
+            columns = self.columns(all_derivatives[number])
             shape = tf.stack([self.weights_shape[0], size, -1])
             rows, columns = (
                 tf.reshape(part, tf.concat((shape, tf.shape(part, tf.int64)[2:]), axis=0))
@@ -140,15 +140,21 @@ class DiagonalRefresh:
         """Inverts all diagonals; those of a group share the damping."""
         del invert
         return [
-            block.store_inverses([_damped_inverse(diagonal, damping, network_mean)])
+            block.store_inverses([damped_inverse_of_diagonal(diagonal, damping, network_mean)])
             for block, diagonal in zip(self._blocks, self._diagonals, strict=True)
         ]
 
 
-def _damped_inverse(
+def damped_inverse_of_diagonal(
     diagonal: tf.Tensor, damping: tf.Tensor, network_mean: tf.Tensor | None
 ) -> tf.Tensor:
-    """`1 / (d + λ)`, with `λ` in units of the mean of each group if damping is relative."""
+    """`1 / (d + λ)`, with `λ` in units of the mean of each group if damping is relative.
+
+    Args:
+        diagonal: `(G, n, m)`, not negative.
+        damping: `λ`, a scalar.
+        network_mean: As of `Refresh.run`.
+    """
     shift = tf.cast(damping, diagonal.dtype)
     mean = tf.reduce_mean(diagonal, axis=(1, 2), keepdims=True)
     if network_mean is not None:

@@ -70,6 +70,10 @@ class LayoutOfExamples(abc.ABC):
             return rows
         return tf.concat((rows, tf.ones_like(rows[..., :1])), axis=2)
 
+    def columns(self, derivatives: tf.Tensor) -> tf.Tensor:
+        """Derivatives by position, `(G, positions, m)`."""
+        return self.linear_map.derivative_rows(derivatives)
+
     def from_inputs(
         self,
         inputs: Sequence[tf.Tensor],

@@ -40,5 +40,8 @@ def turns(blocks: Sequence[CurvatureBlock], most: int = _MOST_GROUPS) -> list[li
 
 def _products(block: CurvatureBlock) -> float:
     """Products that the inversion of a block's factors takes."""
-    shapes = block.layout.inverse_shapes.values()
-    return float(sum(shape[0] * shape[1] ** 3 for shape in shapes if len(shape) == 3))
+    layout = block.layout
+    basis = getattr(layout, "basis_shapes", {})
+    inverted = float(sum(s[0] * s[1] ** 3 for s in layout.inverse_shapes.values() if len(s) == 3))
+    # Eigenvectors take some ten times as long as inverses.
+    return inverted if not basis else 10.0 * sum(s[0] * s[1] ** 3 for s in basis.values())

@@ -81,15 +81,16 @@ class KFC(WholeStepOptimizer):
         factor_batch_size: Number of examples of a batch to estimate factors from, neighbours that
             are drawn anew for each update, or None for all. Defaults to `None`.
         structure: What the layers' Fisher blocks are kept as: `"kronecker"`, the paper's product of
-            two factors, `"diagonal"`, or `"full"`. Defaults to `"kronecker"`.
+            two factors, `"eigenbasis"` (EKFAC), `"diagonal"`, or `"full"`. Defaults to
+            `"kronecker"`.
         weight_sharing: Whether positions that share weights are uncorrelated, `"expand"`, or
             alike, `"reduce"`; None for what suits each layer. Defaults to `None`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size
             or less (a convolution's kernel positions stay together), which is logged; None for no
             limit. One of n rows takes `8 n²` bytes with its inverse, and about `n³` products each
             time it is inverted. Defaults to `512`.
-        sharding: What several replicas share out: `"none"`, the work of `"inverses"`, or that and
-            `"preconditioning"`, with one exchange more a step. Defaults to `"inverses"`.
+        sharding: What replicas share out: `"none"`, the work of `"inverses"` (the default), or that
+            and `"preconditioning"`, with one exchange more a step.
         step: How far a step goes: `"polyak"`, as above, or `"quadratic"`, for large batches on one
             device: `α` and `μ` minimise a quadratic model with the exact Fisher matrix, `damping`
             adapts itself, and steps that make their batch's loss worse are not taken. Defaults to

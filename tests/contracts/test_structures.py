@@ -23,6 +23,7 @@ from keras_kfc.maps.embedding import EmbeddingMap
 # A line for each structure: what is to be had of it for any map, or the maps that it is for.
 STRUCTURE_MAPS = {
     "diagonal": None,
+    "eigenbasis": None,
     "diagonal_input": {"table": (EmbeddingMap(7, 3), (6, 5), (6, 5, 3))},
     "full": None,
     "kronecker": None,
@@ -108,7 +109,9 @@ def test_every_structure_is_here():
 def test_a_user_chooses_among_those_for_any_map():
     for name in FOR_ANY_MAP:
         assert keras_kfc.KFC(structure=name).structure == name
-    with pytest.raises(ValueError, match=r"`structure` .*'diagonal', 'full', 'kronecker'.*input'"):
+    with pytest.raises(
+        ValueError, match=r"`structure` .*'diagonal', 'eigenbasis', 'full', 'kronecker'.*input'"
+    ):
         keras_kfc.KFC(structure="diagonal_input")
 
 
@@ -118,7 +121,7 @@ def test_it_keeps_what_its_layout_says(name, case, use_bias):
     shapes = {**example.layout.factor_shapes, **example.layout.inverse_shapes}
     names = [name.removesuffix("_inverse") for name in example.layout.inverse_shapes]
     assert set(names) <= set(example.layout.factor_shapes)
-    shapes |= {"weight": (), "inverted": ()}
+    shapes |= {"weight": (), "inverted": (), **getattr(example.layout, "basis_shapes", {})}
     assert {role: tuple(v.shape) for role, v in example.block.state.items()} == shapes
     for moment, shape in zip(example.moments(), example.layout.factor_shapes.values(), strict=True):
         assert tuple(moment.shape) == shape
