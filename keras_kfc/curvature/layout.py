@@ -261,15 +261,16 @@ class KroneckerLayout:
         if self.input_parts == 1:
             return parts
         groups, columns = self.linear_map.groups, parts.shape[2]
-        columns = tf.shape(parts)[2] if columns is None else columns
-        channels = -(-self._channels // self.input_parts)
-        rows = self._positions * channels
-        parts = tf.reshape(parts, (groups, self.input_parts, -1, columns))
+        columns = columns or tf.shape(parts)[2]
+        rows = self._positions * (channels := -(-self._channels // self.input_parts))
+        # Said, since it does not follow where the number of columns is not known.
+        parts = tf.reshape(parts, (groups, self.input_parts, self.omega_shape[1], columns))
         kernel = parts[:, :, :rows]
         shape = (groups, self.input_parts, self._positions, channels, columns)
         kernel = tf.transpose(tf.reshape(kernel, shape), (0, 2, 1, 3, 4))
         kernel = tf.reshape(kernel, (groups, self._positions, -1, columns))
-        kernel = tf.reshape(kernel[:, :, : self._channels], (groups, -1, columns))
+        kernel_shape = (groups, self.linear_map.kernel_rows, columns)
+        kernel = tf.reshape(kernel[:, :, : self._channels], kernel_shape)
         return tf.concat((kernel, parts[:, 0, rows:]), axis=1) if self.use_bias else kernel
 
 

@@ -80,9 +80,8 @@ class KFC(WholeStepOptimizer):
             absolute, as in the paper. Defaults to `True`.
         factor_batch_size: Number of examples of a batch to estimate factors from, neighbours that
             are drawn anew for each update, or None for all. Defaults to `None`.
-        structure: What the layers' Fisher blocks are kept as: `"kronecker"`, the paper's product of
-            two factors, `"eigenbasis"` (EKFAC), `"diagonal"`, or `"full"`. Defaults to
-            `"kronecker"`.
+        structure: What layers' Fisher blocks are kept as: `"kronecker"` (the default), the paper's
+            product of two factors, `"eigenbasis"` (EKFAC), `"diagonal"`, or `"full"`.
         weight_sharing: Whether positions that share weights are uncorrelated, `"expand"`, or
             alike, `"reduce"`; None for what suits each layer. Defaults to `None`.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size

@@ -251,3 +251,32 @@ def test_rows_that_fill_up_are_those_without_any_data(kind, max_dim):
     gamma = partition.gamma([derivatives]).numpy()
     for factor, rows in ((omega, partition.omega_row_mask), (gamma, partition.gamma_row_mask)):
         np.testing.assert_array_equal(np.abs(factor).sum(-1) > 1e-6, rows)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_products_of_rows_have_their_shape_whatever_the_batch(use_bias):
+    """Of a cut factor, too, in a graph for any batch size: a last batch is smaller."""
+    layout = layout_of(DenseMap(9, 4), use_bias, 4)
+    rng = np.random.default_rng(0)
+    omega, gamma = rng.normal(size=layout.omega_shape), rng.normal(size=layout.gamma_shape)
+    graph = tf.function(layout.multiply_product, autograph=False).get_concrete_function(
+        tf.TensorSpec(omega.shape, tf.float64),
+        tf.TensorSpec((1, None, 9 + use_bias), tf.float64),
+        tf.TensorSpec((1, None, 4), tf.float64),
+        tf.TensorSpec(gamma.shape, tf.float64),
+    )
+    assert graph.output_shapes == (1, 9 + use_bias, 4)
+    inputs, derivatives = rng.normal(size=(1, 5, 9 + use_bias)), rng.normal(size=(1, 5, 4))
+    whole = layout.multiply(omega, np.swapaxes(inputs, 1, 2) @ derivatives, gamma)
+    found = graph(*map(tf.constant, (omega, inputs, derivatives, gamma)))
+    assert relative_error(found.numpy(), whole.numpy()) < 1e-12
+
+
+def test_a_wide_layer_trains_where_the_last_batch_is_smaller():
+    model = keras_kfc.instrument(
+        keras.Sequential([keras.Input((1200,)), keras.layers.Dense(32), keras.layers.Dense(1)])
+    )
+    model.compile(keras_kfc.KFC(seed=0), "mse")
+    x = np.random.default_rng(0).normal(size=(40, 1200))
+    losses = model.fit(x, x[:, :1], batch_size=16, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
