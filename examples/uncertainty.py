@@ -61,7 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
         posterior = keras_kfc.laplace(
             model, data.train_images, data.train_labels, layers=layers_, seed=options.seed
         )
-        print("DBG", posterior.prior_precision)
         name = f"posterior, {layers_} layer{'s' * (layers_ == 'all')}"
         predictions[name] = (posterior.predict(images), posterior.predict(others))
     console = Console(width=110)
@@ -161,7 +160,7 @@ def draw(
     left.set(xlabel="confidence", ylabel="part that is right", title="held-out images")
     right.set(xlabel="confidence", ylabel="images", title="images of something else")
     left.legend(fontsize="small")
-    right.legend(fontsize="small", loc="upper left")
+    right.legend(fontsize="small", loc="upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -173,7 +172,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", choices=("digits", "fashion-mnist"), default="digits")
     parser.add_argument("--data-dir", help="folder of Fashion-MNIST's IDX files (download)")
     parser.add_argument("--examples", type=int, default=2000, help="images to train on, at most")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1, help="of weights, batches and draws")
     parser.add_argument("--quick", action="store_true", help="a short run that shows nothing")
     parser.add_argument(

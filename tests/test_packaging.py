@@ -91,7 +91,9 @@ def test_python_blocks_of_the_documentation_run(page, tmp_path, monkeypatch, cap
         assert len(list((tmp_path / "factors").rglob("*.png"))) == 2
         assert (tmp_path / "saved_models" / "guide" / "saved_model.pb").is_file()
     else:
-        assert (page in ("contributing.md", "distributed.md", "tuning.md")) == bool(names)
+        assert (page in ("contributing.md", "distributed.md", "fisher.md", "tuning.md")) == bool(
+            names
+        )
 
 
 def test_pages_of_the_documentation_are_in_its_menu():

@@ -88,7 +88,7 @@ class Directions:
     def shortened(
         self, longest: tf.Tensor, blocks: Sequence[Sequence[int]]
     ) -> tuple["Directions", tf.Tensor]:
-        """Directions of which no block's root mean square is above a bound; for dense gradients.
+        """The directions by one factor, with which no block's root mean square is above a bound.
 
         Args:
             longest: The bound, a scalar.
@@ -98,13 +98,10 @@ class Directions:
             The directions, and whether any was above the bound.
         """
         lengths = tf.sqrt(self.mean_squares(blocks))
-        shares = tf.minimum(1.0, tf.math.divide_no_nan(longest, lengths))
-        shares = tf.where(lengths > 0, shares, 1.0)
-        of = dict(self.of)
-        for share, indices in zip(tf.unstack(shares, len(blocks)), blocks, strict=True):
-            for index in indices:
-                of[index] = tf.cast(share, of[index].dtype) * of[index]
-        return dataclasses.replace(self, of=of), tf.reduce_any(shares < 1)
+        shares = tf.where(lengths > longest, tf.math.divide_no_nan(longest, lengths), 1.0)
+        share = tf.reduce_min(shares)
+        of = {i: tf.cast(share, direction.dtype) * direction for i, direction in self.of.items()}
+        return dataclasses.replace(self, of=of), share < 1
 
     def moving_rows(self, index: int) -> tf.Tensor | None:
         """Which rows of a table have a gradient, booleans, where that is given for all rows."""

@@ -67,8 +67,8 @@ def minimum(model: QuadraticModel) -> Minimum:
 class QuadraticSteps:
     """The rule; where there is no model of a batch it is Polyak's.
 
-    All blocks have the same rate, so that the model foretells what the whole step does. Directions
-    have been shortened so that no layer moves by more than the learning rate, root mean square.
+    All blocks have the same rate, so that the model foretells what the whole step does. Their
+    direction has been shortened so that no layer moves by more than the learning rate.
 
     Args:
         polyak: Polyak's rule, which tells the share of noise.

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import relative_error, softmax
@@ -75,7 +76,7 @@ def explicit_precision(kind, latent, x, prior, noise=1.0):
     return ggn + prior * np.eye(len(ggn))
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", few(list(LOSSES), 1))
 def test_a_full_posterior_of_the_last_layer_is_the_explicit_one(kind):
     x, y = data(kind)
     model, latent = net(kind, hidden=0)
@@ -100,6 +101,7 @@ def test_a_full_posterior_of_the_last_layer_is_the_explicit_one(kind):
 
 
 @pytest.mark.parametrize("structure", ["kronecker", "diagonal", "full"])
+@pytest.mark.slow
 def test_a_structure_keeps_the_blocks_that_it_says(structure):
     """Of two layers; the explicit precision is cut to what the structure keeps."""
     x, y = data("logits")
@@ -157,6 +159,7 @@ def test_the_evidence_is_that_of_bayesian_linear_regression():
         assert posterior.log_marginal_likelihood(noise_variance=noise) < best
 
 
+@pytest.mark.slow
 def test_predictions_are_means_over_the_posterior():
     x, y = data("classes")
     model, _ = net("classes")
@@ -180,6 +183,7 @@ def test_predictions_are_means_over_the_posterior():
     np.testing.assert_allclose(probit, softmax(mean / np.sqrt(1 + np.pi * variance / 8)))
 
 
+@pytest.mark.slow
 def test_layers_with_masks_positions_and_several_uses_count_whole():
     """The derivatives of single examples are those of differentiation, for any layer kind."""
     keras.utils.set_random_seed(0)

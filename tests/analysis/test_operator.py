@@ -110,7 +110,7 @@ def problem(name):
     return model, x, operator, explicit
 
 
-@pytest.mark.parametrize("name", few(list(CASES), 2))
+@pytest.mark.parametrize("name", few(list(CASES), 1))
 def test_products_are_those_of_the_explicit_matrix(name):
     model, _, operator, explicit = problem(name)
     vectors = np.random.default_rng(3).normal(size=(len(explicit), 3))
@@ -130,6 +130,7 @@ def test_products_are_those_of_the_explicit_matrix(name):
     )
 
 
+@pytest.mark.slow
 def test_eigenvalues_solutions_and_estimates_are_those_of_the_explicit_matrix():
     _, _, operator, explicit = problem("conv net")
     operator = operator.with_damping(0.05)
@@ -151,6 +152,7 @@ def test_eigenvalues_solutions_and_estimates_are_those_of_the_explicit_matrix():
         operator.solve(right[:, 0], tolerance=1e-12, max_iterations=2)
 
 
+@pytest.mark.slow
 def test_vectors_may_be_lists_in_the_shapes_of_the_variables():
     model, _, operator, explicit = problem("conv net")
     vectors = [np.random.default_rng(4).normal(size=v.shape) for v in model.trainable_variables]
@@ -166,6 +168,7 @@ def test_vectors_may_be_lists_in_the_shapes_of_the_variables():
 
 
 @pytest.mark.parametrize("floatx", ["float32", "float64"])
+@pytest.mark.slow
 def test_xla_computes_the_same(floatx):
     keras.config.set_floatx(floatx)
     # XLA has the second derivative of max-pooling in float32 alone.
@@ -182,6 +185,7 @@ def test_xla_computes_the_same(floatx):
     assert error < (1e-12 if floatx == "float64" else 1e-5)
 
 
+@pytest.mark.slow
 def test_training_passes_of_batch_normalisation_and_dropout_are_not_meant():
     model, x, operator, _ = problem("conv net")
     before = [v.numpy() for v in model.variables]
@@ -221,6 +225,7 @@ class TestKronecker:
         # Another model's matrix fails all of this.
         assert relative_error(blocks.to_dense(), matrix) > 0.05
 
+    @pytest.mark.slow
     def test_blocks_of_a_deep_linear_net_are_exact_and_nothing_is_beside_them(self):
         exact, blocks = self.linear((3, 2))
         matrix, found = exact.to_dense(), blocks.to_dense()
@@ -231,6 +236,7 @@ class TestKronecker:
         assert np.abs(found[:15, 15:]).max() == 0
         assert np.abs(matrix[:15, 15:]).max() > 1e-3
 
+    @pytest.mark.slow
     def test_as_preconditioner_it_saves_iterations(self):
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
@@ -248,6 +254,7 @@ class TestKronecker:
             iterations.append(exact.iterations)
         assert iterations[1] < 0.7 * iterations[0]
 
+    @pytest.mark.slow
     def test_variables_without_a_block_have_their_diagonal(self):
         model, x, exact, explicit = problem("conv net")
         blocks = keras_kfc.KroneckerFisherOperator(model, x, LABELS, loss=sparse(), seed=0)

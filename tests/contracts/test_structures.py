@@ -252,15 +252,11 @@ def test_nothing_to_invert_is_refused_or_left(name, case, use_bias):
 
 def net(name):
     keras.utils.set_random_seed(0)
-    layers = [
-        keras.Input((8, 8, 1)),
-        keras.layers.Conv2D(4, 3, activation="relu"),
-        keras.layers.Flatten(),
-        keras.layers.Dense(3),
-    ]
+    layers = [keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3, activation="relu")]
+    layers += [keras.layers.Flatten(), keras.layers.Dense(3)]
     model = keras_kfc.instrument(keras.Sequential(layers))
-    optimizer = keras_kfc.KFC(structure=name, seed=1)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras_kfc.KFC(structure=name, seed=1), loss)
     return model
 
 
@@ -293,11 +289,10 @@ def test_state_of_another_structure_is_refused():
             optimizer.iterations.assign(7)
             optimizer.save_own_variables(store)
             continue
-        as_many = STRUCTURES[name].layout(DenseMap(4, 3), True, None).factor_shapes
-        if len(as_many) == len(STRUCTURES[first].layout(DenseMap(4, 3), True, None).factor_shapes):
+        alike, own = (STRUCTURES[n].layout(DenseMap(4, 3), True, None) for n in (first, name))
+        refusal = pytest.warns(UserWarning, match="Skipping")
+        if len(own.factor_shapes) == len(alike.factor_shapes):
             refusal = pytest.raises(ValueError, match="belongs to other layers or settings")
-        else:
-            refusal = pytest.warns(UserWarning, match="Skipping")
         with refusal:
             optimizer.load_own_variables(store)
         assert int(optimizer.iterations) == 0

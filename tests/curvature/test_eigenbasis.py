@@ -58,6 +58,7 @@ def test_second_moments_are_mean_squares_of_coordinates(case):
     assert relative_error(plain.numpy()[0], expected) > 0.1  # negative control
 
 
+@pytest.mark.slow
 def test_no_diagonal_in_the_basis_is_nearer_to_the_fisher_matrix():
     """The theorem of George et al. (2018): nearer than Kronecker's own eigenvalues."""
     keras.config.set_floatx("float64")
@@ -133,6 +134,7 @@ def test_a_direction_solves_the_explicit_system():
     assert relative_error(found, other) > 1e-2  # negative control: not Kronecker's eigenvalues
 
 
+@pytest.mark.slow
 def test_before_second_moments_are_known_they_are_those_of_the_factors():
     optimizer, block, update, rows, ds = block_with_data()
     update()
@@ -141,6 +143,7 @@ def test_before_second_moments_are_known_they_are_those_of_the_factors():
     assert relative_error(block.state["squares"].numpy()[0], expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_side_beyond_the_limit_keeps_the_basis_of_the_weights():
     optimizer, block, update, rows, ds = block_with_data(max_dim=4)
     assert set(block.layout.factor_shapes) == {"gamma", "squares"}

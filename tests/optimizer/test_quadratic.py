@@ -99,6 +99,7 @@ def test_a_step_is_the_exact_minimiser_on_a_linear_model_with_squared_error():
     assert both > 1
 
 
+@pytest.mark.slow
 def test_damping_falls_where_the_model_is_exact():
     model, x, y = linear_problem()
     optimizer = keras_kfc.KFC(10.0, **SETTINGS)
@@ -145,6 +146,7 @@ def one_weight():
     return keras.Sequential([keras.Input((1,)), layer])
 
 
+@pytest.mark.slow
 def test_a_step_that_makes_the_loss_worse_is_taken_back():
     model = one_weight()
     optimizer = keras_kfc.KFC(10.0, **SETTINGS)
@@ -174,6 +176,7 @@ def noisy_data():
     return rng.normal(size=(32, 4)), {name: rng.normal(size=(32, 2)) for name in ("a", "b")}
 
 
+@pytest.mark.slow
 def test_trying_a_step_leaves_no_trace():
     """Averages, states of random numbers and metrics are those of one forward pass."""
     x, y = noisy_data()
@@ -190,9 +193,10 @@ def test_trying_a_step_leaves_no_trace():
         assert other_logs[name] == pytest.approx(value, rel=1e-5), name
     for value, other in zip(state, other_state, strict=True):
         np.testing.assert_allclose(other, value, rtol=1e-5)
-    assert relative_error(other_kernel, kernel) > 1e-3
+    assert relative_error(other_kernel, kernel) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_stored_model_goes_on_as_it_was(tmp_path):
     x, y = noisy_data()
     # Keras does not store the states of random numbers.
@@ -227,6 +231,7 @@ def test_xla_and_eager_mode_say_the_same(options):
     assert plain[-1] < plain[0]
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_names_the_variables():
     model, x, y = linear_problem()
     optimizer = keras_kfc.KFC(10.0, **SETTINGS)

@@ -256,3 +256,34 @@ def test_trainable_toggled_between_compiles():
     fit(model)
     assert len(model.optimizer.blocks) == 2
     assert np.abs(hidden.get_weights()[0] - frozen[0]).max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["polyak", "quadratic"])
+def test_validation_sees_averaged_weights_if_asked(step):
+    """The average is NumPy's, of the weights after each step; training goes on from the others."""
+    x, y = data()
+    losses = {}
+    for averaged in (True, False):
+        model = compiled(KFC(seed=3, step=step, use_ema=True, ema_momentum=0.9))
+        average = [v.numpy().astype("float64") for v in model.trainable_variables]
+        seen = []
+
+        def note(batch, logs, model=model, average=average, seen=seen):
+            now = [v.numpy().astype("float64") for v in model.trainable_variables]
+            for index, value in enumerate(now):
+                # The first step's weights start the average.
+                share = 0.1 if seen else 1.0
+                average[index] += share * (value - average[index])
+            seen.append(1)
+
+        callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=note)]
+        callbacks += [keras.callbacks.SwapEMAWeights()] * averaged
+        history = model.fit(
+            x, y, batch_size=16, epochs=2, validation_data=(x, y), verbose=0, callbacks=callbacks
+        )
+        losses[averaged] = history.history["val_loss"][-1]
+        for variable, value in zip(model.trainable_variables, average, strict=True):
+            variable.assign(value)
+        assert model.evaluate(x, y, verbose=0) == pytest.approx(losses[True], rel=1e-4)
+    assert losses[False] != pytest.approx(losses[True], rel=1e-2)
