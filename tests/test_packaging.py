@@ -1,5 +1,6 @@
 """What is installed, and that the README tells the truth."""
 
+import ast
 import importlib.metadata
 import os
 import pathlib
@@ -14,6 +15,14 @@ import keras_kfc
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+# Beside those that are looked at more closely.
+PAGES_WITH_CODE = {
+    "coming-from-adam.md",
+    "contributing.md",
+    "distributed.md",
+    "fisher.md",
+    "tuning.md",
+}
 
 
 def python_blocks(text):
@@ -91,9 +100,7 @@ def test_python_blocks_of_the_documentation_run(page, tmp_path, monkeypatch, cap
         assert len(list((tmp_path / "factors").rglob("*.png"))) == 2
         assert (tmp_path / "saved_models" / "guide" / "saved_model.pb").is_file()
     else:
-        assert (page in ("contributing.md", "distributed.md", "fisher.md", "tuning.md")) == bool(
-            names
-        )
+        assert (page in PAGES_WITH_CODE) == bool(names)
 
 
 def test_pages_of_the_documentation_are_in_its_menu():
@@ -131,3 +138,26 @@ def test_the_support_table_names_tests_that_exist():
             assert list((ROOT / "tests").rglob(f"{module}.py")), module
         if row[1] == "yes":
             assert row[3], row
+
+
+def logged_lines():
+    """The first words of every warning, and of every line that the package logs."""
+    for path in sorted((ROOT / "keras_kfc").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr not in ("warning", "info", "warn") or not node.args:
+                continue
+            first = node.args[0]
+            parts = first.values if isinstance(first, ast.JoinedStr) else [first]
+            texts = [p.value for p in parts if isinstance(p, ast.Constant)]
+            pieces = [p.strip(" ,.") for p in re.split(r"%[.\d]*[sdf](?:%%)?", "".join(texts))]
+            yield next((p for p in pieces if len(p) >= 12), pieces[0])[:16].split("`")[0]
+
+
+def test_troubleshooting_has_every_line_that_is_logged():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    lines = list(logged_lines())
+    assert len(lines) >= 9
+    for line in lines:
+        assert line in page.replace("`", "").replace("\n", " ") or line in page, line

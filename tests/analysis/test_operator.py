@@ -206,6 +206,7 @@ class TestKronecker:
         exact = keras_kfc.FisherOperator(model, x, loss="mse")
         return exact, keras_kfc.KroneckerFisherOperator(model, x, loss="mse")
 
+    @pytest.mark.slow
     def test_everything_follows_from_the_matrix(self):
         exact, blocks = self.linear()
         matrix = exact.to_dense() + 0.2 * np.eye(exact.shape[0])

@@ -122,7 +122,7 @@ def test_inverse_is_that_of_the_damped_diagonal(relative):
 def test_a_dead_layer_is_damped_as_the_network():
     blocks = [[[4.0, 2.0]], [[0.0, 0.0]]]
     inverses = [
-        diagonal._damped_inverse(tf.constant([b]), tf.constant(0.5), tf.constant(3.0))
+        diagonal.damped_inverse_of_diagonal(tf.constant([b]), tf.constant(0.5), tf.constant(3.0))
         for b in blocks
     ]
     np.testing.assert_allclose(inverses[0], [[[1 / 5.5, 1 / 3.5]]])
@@ -131,7 +131,9 @@ def test_a_dead_layer_is_damped_as_the_network():
 
 def test_weights_without_a_derivative_can_be_inverted_without_damping():
     values = tf.constant([[[4.0, 0.0]]])
-    inverse = diagonal._damped_inverse(values, tf.constant(0.0), tf.constant(3.0)).numpy()
+    inverse = diagonal.damped_inverse_of_diagonal(
+        values, tf.constant(0.0), tf.constant(3.0)
+    ).numpy()
     assert inverse[0, 0, 0] == pytest.approx(1 / 4, rel=1e-5)
     assert np.isfinite(inverse[0, 0, 1]) and inverse[0, 0, 1] > 1e4
 

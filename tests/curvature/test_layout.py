@@ -272,6 +272,7 @@ def test_products_of_rows_have_their_shape_whatever_the_batch(use_bias):
     assert relative_error(found.numpy(), whole.numpy()) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_wide_layer_trains_where_the_last_batch_is_smaller():
     model = keras_kfc.instrument(
         keras.Sequential([keras.Input((1200,)), keras.layers.Dense(32), keras.layers.Dense(1)])

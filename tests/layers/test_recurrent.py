@@ -169,6 +169,7 @@ def test_a_bidirectional_layer_trains_both_directions():
     assert any("backward" in path for path in paths)
 
 
+@pytest.mark.slow
 def test_layers_in_a_cell_of_a_users_own_have_blocks():
     class OwnCell(layers.Layer):
         """A cell made of dense layers."""

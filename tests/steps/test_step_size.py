@@ -93,6 +93,7 @@ def small_net(loss, optimizer=None, **compiled):
     return model
 
 
+@pytest.mark.slow
 def test_a_schedule_scales_steps_that_are_below_the_bound():
     x, y = data()
 
