@@ -108,7 +108,9 @@ def usage_of(optimizer: Any, variables: Any = None) -> MemoryUsage:
         _check_variables(variables)
         blocks = planned_blocks(variables, optimizer.structure, optimizer.max_factor_dim)
     copies = int(optimizer.use_ema) + bool(optimizer.gradient_accumulation_steps)
-    return memory_of(variables, blocks, copies, own)
+    # The reduction ratio and its weight, see `keras_kfc.steps.levenberg_marquardt`.
+    scalars = 2 if optimizer.step == "quadratic" else 0
+    return memory_of(variables, blocks, copies, own, scalars)
 
 
 def _check_variables(variables: Any) -> None:
@@ -130,6 +132,7 @@ def memory_of(
     blocks: Iterable[PlannedBlock | CurvatureBlock],
     copies: int,
     others: Iterable[Any],
+    scalars: int = 0,
 ) -> MemoryUsage:
     """What an optimizer takes for some trainable variables.
 
@@ -138,6 +141,7 @@ def memory_of(
         blocks: The blocks among them.
         copies: Number of copies of all variables that Keras keeps for its own purposes.
         others: The optimizer's variables that belong to none of these.
+        scalars: Number of float32 scalars beside them.
 
     Returns:
         A `MemoryUsage` with an entry for each block, then one for each other layer.
@@ -148,7 +152,9 @@ def memory_of(
         layout = block.layout
         dtype = factor_dtype(variables[block.kernel_index])
         factors = sum(_bytes_of(shape, dtype) for shape in layout.factor_shapes.values())
-        inverses = sum(_bytes_of(shape, dtype) for shape in layout.inverse_shapes.values())
+        # With eigenvectors, where a structure keeps them.
+        computed = {**layout.inverse_shapes, **getattr(layout, "basis_shapes", {})}
+        inverses = sum(_bytes_of(shape, dtype) for shape in computed.values())
         # A block's two scalars count with its factors.
         factors += _bytes_of((2,), dtype)
         indices = (
@@ -168,7 +174,7 @@ def memory_of(
             fallback[path] = fallback.get(path, 0) + size
     entries += [LayerMemory(path, {}, 0, 0, size) for path, size in fallback.items()]
     # The mean square of each block's step, and the weight of these means.
-    lengths = _bytes_of((len(variables) + 1,), "float32")
+    lengths = _bytes_of((len(variables) + 1 + scalars,), "float32")
     return MemoryUsage(entries, lengths + sum(_bytes_of(v.shape, v.dtype) for v in others))
 
 

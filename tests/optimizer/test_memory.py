@@ -15,8 +15,14 @@ def really_taken(optimizer):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_ema": True, "gradient_accumulation_steps": 2}, {"max_factor_dim": 20}],
-    ids=["plain", "copies", "cut"],
+    [
+        {},
+        {"use_ema": True, "gradient_accumulation_steps": 2},
+        {"max_factor_dim": 20},
+        {"structure": "eigenbasis"},
+        {"step": "quadratic"},
+    ],
+    ids=["plain", "copies", "cut", "eigenbasis", "quadratic"],
 )
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16", "float64"])
 def test_total_is_the_size_of_all_variables(options, policy):
