@@ -27,6 +27,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
       part, in [0, 1], of the longest step that is allowed which layers with a block took, and the
       norms over all variables of the gradients (after clipping) and of the changes (with
       momentum and weight decay);
+    * with `KFC(step="quadratic")`, `reduction_ratio`: the change of the loss over the one that was
+      foretold, averaged over the last steps that were judged;
     * `skipped_steps`, `rejected_factor_updates` and `rejected_inverse_updates`, counted from
       the beginning of training;
     * for each factor, by the path of its layer, `{path}/omega_condition` and
@@ -84,6 +86,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
             "damping": float(keras.ops.convert_to_numpy(optimizer.damping)),
             **optimizer.watched_steps.means(),
         }
+        if optimizer.step == "quadratic" and optimizer.parts is not None:
+            values["reduction_ratio"] = float(
+                optimizer.parts.measuring.damping_rule.reduction_ratio()
+            )
         for name in ("skipped_steps", "rejected_factor_updates", "rejected_inverse_updates"):
             values[name] = int(getattr(optimizer, name).numpy())
         names: set[str] = set()

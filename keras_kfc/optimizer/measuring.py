@@ -48,6 +48,9 @@ class Measuring:
         progress: The losses that it has seen.
         notices: What it has told the user.
         batch_models: What makes quadratic models of batches, if the step rule asks for them.
+
+    Attributes:
+        damping_rule: The rule of damping.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Measuring:
         batch_models: BatchModels | None = None,
     ):
         self._batch_models = batch_models
-        self._settings, self._curvature, self._damping = settings, curvature, damping
+        self._settings, self._curvature, self.damping_rule = settings, curvature, damping
         self._progress, self._notices = progress, notices
 
     def take_in_pending(self, capture: Capture) -> None:
@@ -159,7 +162,7 @@ class Measuring:
             )
 
     def _refresh(self, blocks: Sequence[CurvatureBlock]) -> None:
-        damping, relative = self._damping.damping(), self._damping.relative
+        damping, relative = self.damping_rule.damping(), self.damping_rule.relative
         invert: Invert = invert_stacks
         if self._settings.sharding != "none":
             invert = functools.partial(spread, current_placement(), invert_stacks)

@@ -256,3 +256,18 @@ def test_layers_of_one_path_have_numbers_of_their_own(tmp_path):
     assert sum(name.endswith("omega_condition") for name in history) == 2
     files = keras_kfc.monitor.draw_factors(model, tmp_path)
     assert len(set(files)) == 2 and all(file.is_file() for file in files)
+
+
+@pytest.mark.slow
+def test_the_reduction_ratio_of_quadratic_steps_is_logged():
+    """One where the model is exact: a linear net with the squared error."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
+    model.compile(KFC(10.0, step="quadratic", seed=0, weight_decay=None), "mse")
+    x = np.random.default_rng(0).normal(size=(64, 4))
+    y = x[:, :2] + np.random.default_rng(1).normal(size=(64, 2))
+    history = model.fit(x, y, batch_size=64, epochs=2, verbose=0, callbacks=[CurvatureMonitor()])
+    # The model's damping makes it foretell a little less than there is.
+    assert 1.0 <= history.history["reduction_ratio"][-1] < 1.6
+    assert history.history["damping"][-1] < history.history["damping"][0] + 1e-6
+    assert "reduction_ratio" not in fit(compiled(), callbacks=[CurvatureMonitor()]).history
