@@ -241,7 +241,7 @@ def test_a_whole_model_is_pickled_with_its_optimizer():
         np.testing.assert_array_equal(one.numpy(), two.numpy())
 
 
-@pytest.mark.parametrize("prepare", few(["instrumented", "built from keras_kfc.layers"], 1))
+@pytest.mark.parametrize("prepare", few(["instrumented", "built from keras_kfc.layers"], 0))
 def test_a_trained_model_is_quantised_as_the_plain_one(prepare):
     images, _ = nets.image_batch(seed=5)
     plain = nets.conv_net(keras.layers)

@@ -139,6 +139,7 @@ def factors_of(model, x):
     return {block.path.split("/")[-1]: block for block in model.optimizer.blocks}
 
 
+@pytest.mark.slow
 def test_factors_count_the_steps_that_a_mask_leaves():
     model = model_of("LSTM", masked=True)
     start = model.get_weights()

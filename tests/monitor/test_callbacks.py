@@ -124,6 +124,7 @@ def test_spectra_are_those_of_the_factors():
             assert history[f"{key}_condition"][-1] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_condition_is_that_of_the_damped_factor():
     """More damping, better condition: the trace of damping in the log."""
     conditions = []

@@ -75,7 +75,8 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, 
     assert min(noises) == 0.0 and max(noises) > 0.3
 
 
-@pytest.mark.parametrize("decay", [pytest.param(None, marks=pytest.mark.slow), 0.02])
+@pytest.mark.parametrize("decay", [None, 0.02])
+@pytest.mark.slow
 def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
     """A regression without noise stays at its solution, also along inputs that hardly vary.
 
