@@ -114,8 +114,13 @@ class FisherOperator:
             A number for one vector, `(k, k)` for `(N, k)`.
         """
         columns: list[np.ndarray] = []
+
+        def note(vector: np.ndarray) -> np.ndarray:
+            columns.append(vector)
+            return vector
+
         single = isinstance(vectors, (list, tuple)) or np.ndim(vectors) == 1
-        self._space.map("vectors", vectors, lambda v: columns.append(v) or v)  # type: ignore
+        self._space.map("vectors", vectors, note)
         total = np.zeros((len(columns), len(columns)))
         for _, size, inputs, targets in self._batches:
             roots = [
@@ -266,7 +271,7 @@ class FisherOperator:
         return jacobian.transposed_times(curvature.random_root(seed))
 
     def _column_gradient(self, inputs: Any, targets: Any, number: tf.Tensor) -> list[tf.Tensor]:
-        """`Jᵀ S` for one column of `S`; `(2,)` in front: number of columns, of zeros beyond."""
+        """How many columns `S` has, a scalar, and `Jᵀ S` for one of them, by variable."""
         jacobian, curvature = self._linearised(inputs, targets)
         return [curvature.size(), *jacobian.transposed_times(curvature.column(number))]
 

@@ -30,30 +30,27 @@ def polyak(known):
 
 
 class Quadratic:
-    """The rule with a model of a batch, as the optimizer asks it."""
+    """The rule with a model of a batch, whose share it says itself, as the optimizer asks it."""
 
     def __init__(self):
         self._rule = QuadraticSteps(polyak(True)[0])
-        self.longest, self.momentum = (
-            self._with(self._rule.longest),
-            self._with(self._rule.momentum),
-        )
+        self._share = tf.constant(0.3)
 
-    def _with(self, method):
-        return lambda query: method(dataclasses.replace(query, model=self._model(query)))
-
-    def _model(self, query, moves=False):
-        share = self._rule.share(query) if moves else tf.constant(0.3)
-        share = tf.minimum(share, tf.sign(query.learning_rate))
+    def _with_model(self, query):
         slopes = tf.stack([query.slope, 0.1 * query.slope])
-        return QuadraticModel(
-            tf.constant([[4.0, 0.5], [0.5, 3.0]]), slopes, tf.constant(1.0), share
-        )
+        curvature = tf.constant([[4.0, 0.5], [0.5, 3.0]])
+        model = QuadraticModel(curvature, slopes, tf.constant(1.0), self._share)
+        return dataclasses.replace(query, model=model)
 
     def rates(self, query):
-        model = dataclasses.replace(self._model(query, moves=True), share=tf.constant(0.3))
-        model = dataclasses.replace(model, share=0.3 * tf.sign(query.learning_rate))
-        return self._rule.rates(dataclasses.replace(query, model=model))
+        self._share = self._rule.share(query)
+        return self._rule.rates(self._with_model(query))
+
+    def longest(self, query):
+        return self._rule.longest(self._with_model(query))
+
+    def momentum(self, query):
+        return self._rule.momentum(self._with_model(query))
 
 
 # A line for each rule.
