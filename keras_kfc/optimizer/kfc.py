@@ -172,9 +172,9 @@ class KFC(WholeStepOptimizer):
         base = {argument: given[argument] for argument in arguments.KERAS_ARGUMENTS}
         check_base_arguments(base)
         super().__init__(name=name, **base, **kwargs)
-        arguments.check_step(given)
         for argument, value in arguments.checked(given).items():
             setattr(self, argument, value)
+        arguments.check_step(given)
         self.damping = damping
         self.polyak_scaling = polyak_scaling
         draw = random.randrange(2**31) if self.seed is None else self.seed
