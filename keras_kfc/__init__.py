@@ -12,7 +12,7 @@ from keras_kfc.layers.instrument import coverage, instrument, strip
 from keras_kfc.optimizer.kfc import KFC
 from keras_kfc.passes.capture import Capture
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KFC",

@@ -17,10 +17,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 # Beside those that are looked at more closely.
 PAGES_WITH_CODE = {
+    "choosing-a-variant.md",
     "coming-from-adam.md",
     "contributing.md",
     "distributed.md",
     "fisher.md",
+    "method.md",
     "tuning.md",
 }
 

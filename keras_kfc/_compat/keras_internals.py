@@ -123,3 +123,9 @@ def takes_training(layer: Any) -> bool:
 def takes_mask(layer: Any) -> bool:
     """Whether a layer's `call` has an argument `mask`."""
     return layer._call_has_mask_arg
+
+
+def learning_rate_schedule(optimizer: Any) -> Any:
+    """The schedule of an optimizer's learning rate, or None if it has none."""
+    held = optimizer._learning_rate
+    return held if isinstance(held, keras.optimizers.schedules.LearningRateSchedule) else None

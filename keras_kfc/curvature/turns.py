@@ -12,10 +12,10 @@ from keras_kfc.curvature.api import CurvatureBlock
 # of a second of a processor with two cores.
 _AT_ONCE = 1e9
 # Each group is a branch of the step's graph.
-_MOST_GROUPS = 8
+MOST_GROUPS = 8
 
 
-def turns(blocks: Sequence[CurvatureBlock], most: int = _MOST_GROUPS) -> list[list[CurvatureBlock]]:
+def turns(blocks: Sequence[CurvatureBlock], most: int = MOST_GROUPS) -> list[list[CurvatureBlock]]:
     """Groups of blocks, those with factors of a size together where that is possible.
 
     Args:
@@ -27,7 +27,7 @@ def turns(blocks: Sequence[CurvatureBlock], most: int = _MOST_GROUPS) -> list[li
     """
     costs = {id(block): _products(block) for block in blocks}
     total = sum(costs.values())
-    count = max(1, min(most, _MOST_GROUPS, round(total / _AT_ONCE)))
+    count = max(1, min(most, MOST_GROUPS, round(total / _AT_ONCE)))
     groups: list[list[CurvatureBlock]] = [[] for _ in range(count)]
     spent = 0.0
     for block in sorted(blocks, key=lambda block: costs[id(block)]):

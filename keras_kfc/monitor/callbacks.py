@@ -7,28 +7,36 @@ import keras
 import numpy as np
 
 from keras_kfc.curvature.api import CurvatureBlock
+from keras_kfc.monitor.checks import RunChecks
 from keras_kfc.monitor.pictures import draw_factors, require_matplotlib
+from keras_kfc.optimizer.notices import share_with_block
 from keras_kfc.optimizer.telemetry import watch_steps
 from keras_kfc.passes.automatic import kronecker_optimizer
 from keras_kfc.utils.arguments import check_choice, check_positive_integer
 from keras_kfc.utils.texts import unused_name
 
-SPECTRA = ("condition", "extremes", "none")
+SPECTRA = ("auto", "condition", "extremes", "none")
+# So many blocks still make a progress bar that can be read.
+_FEW_BLOCKS = 4
 
 
 class CurvatureMonitor(keras.callbacks.Callback):
-    """Puts the state of `keras_kfc.KFC` into the logs of every epoch.
+    """Puts the state of `keras_kfc.KFC` into the logs, and warns of what looks wrong.
 
     What is in the logs shows in the progress bar, in `History`, and in callbacks that
     come later in the list, such as `CSVLogger` and `TensorBoard`:
 
     * `learning_rate` and `damping` at the end of the epoch;
+    * `coverage`, the part of the parameters that have a block of the curvature, in [0, 1];
+    * `factor_age` and `inverse_age`: steps since all factors moved, and since the oldest inverses
+      were renewed; NaN before the monitor has seen that;
     * `step_scale`, `gradient_norm` and `update_norm`, means over the epoch's steps: the
       part, in [0, 1], of the longest step that is allowed which layers with a block took, and the
       norms over all variables of the gradients (after clipping) and of the changes (with
       momentum and weight decay);
     * with `KFC(step="quadratic")`, `reduction_ratio`: the change of the loss over the one that was
-      foretold, averaged over the last steps that were judged;
+      foretold, averaged over the last steps that were judged, and `steps_taken_back`, the part of
+      the epoch's steps that made the loss worse;
     * `skipped_steps`, `rejected_factor_updates` and `rejected_inverse_updates`, counted from
       the beginning of training;
     * for each factor, by the path of its layer, `{path}/omega_condition` and
@@ -36,14 +44,19 @@ class CurvatureMonitor(keras.callbacks.Callback):
       inverted, over all of its blocks. With `spectrum="extremes"` also `_max` and `_min`, the
       extreme eigenvalues of the factor without damping. NaN before there are any.
 
+    A warning is logged, once, where many steps were skipped or taken back, where factors or
+    inverses are much older than their periods, where every step is as long as a small
+    `learning_rate` allows, and where a schedule never acts in this training, or ends early.
+
     The numbers of each step cost two norms in the train step, about 1 % of its time. A condition
     number costs one eigenvalue decomposition on the host for each factor and epoch, the extremes
     another: for n rows about `n³` products, a tenth of a second at n = 1,000.
     `python -m benchmarks.monitor` measures both.
 
     Args:
-        spectrum: `"condition"`, `"extremes"`, or `"none"` for no numbers of single
-            factors. Defaults to `"condition"`.
+        spectrum: `"condition"`, `"extremes"`, `"none"` for no numbers of single factors, or
+            `"auto"`: condition numbers where there are four blocks or fewer, else none, so that
+            the logs of deep nets stay short. Defaults to `"auto"`.
 
     Raises:
         ValueError: If `spectrum` is something else, or, when training begins, if the
@@ -57,43 +70,62 @@ class CurvatureMonitor(keras.callbacks.Callback):
     >>> x = np.random.default_rng(0).normal(size=(32, 3))
     >>> history = model.fit(x, x[:, :1], verbose=0, callbacks=[monitor])
     >>> sorted(history.history)[:4]
-    ['damping', 'gradient_norm', 'learning_rate', 'loss']
+    ['coverage', 'damping', 'factor_age', 'gradient_norm']
     """
 
-    def __init__(self, spectrum: str = "condition"):
+    def __init__(self, spectrum: str = "auto"):
         super().__init__()
         self.spectrum = check_choice("spectrum", spectrum, SPECTRA)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Lets the optimizer note its steps."""
-        if watch_steps(_optimizer_of(self.model, self)) and self.model.train_function is not None:
+        """Lets the optimizer note its steps, and looks at its schedules."""
+        optimizer = _optimizer_of(self.model, self)
+        if watch_steps(optimizer) and self.model.train_function is not None:
             # It was traced when nobody watched.
             self.model.make_train_function(force=True)
+        self._checks = RunChecks(optimizer)
+        epochs, steps = (self.params.get(name) for name in ("epochs", "steps"))
+        if epochs and steps:
+            accumulated = optimizer.gradient_accumulation_steps or 1
+            self._checks.check_schedules(epochs * steps // accumulated)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Starts the means anew."""
-        _optimizer_of(self.model, self).watched_steps.reset()
+        optimizer = _optimizer_of(self.model, self)
+        optimizer.watched_steps.reset()
+        self._first_step = int(optimizer.iterations.numpy())
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Adds to the logs."""
+        """Adds to the logs, and warns of what looks wrong."""
+        values = self._values()
+        optimizer = _optimizer_of(self.model, self)
+        self._checks.check_epoch(int(optimizer.iterations.numpy()) - self._first_step, values)
         if logs is not None:
-            logs.update(self._values())
+            logs.update(values)
 
     def _values(self) -> dict[str, float]:
         optimizer = _optimizer_of(self.model, self)
+        watched, parts = optimizer.watched_steps, optimizer.parts
         values = {
             "learning_rate": float(keras.ops.convert_to_numpy(optimizer.learning_rate)),
             "damping": float(keras.ops.convert_to_numpy(optimizer.damping)),
-            **optimizer.watched_steps.means(),
+            "coverage": float("nan"),
+            **watched.means(),
+            **watched.ages(int(optimizer.iterations.numpy())),
         }
-        if optimizer.step == "quadratic" and optimizer.parts is not None:
-            values["reduction_ratio"] = float(
-                optimizer.parts.measuring.damping_rule.reduction_ratio()
-            )
+        taken_back = values.pop("taken_back")
+        if parts is not None:
+            # There is a momentum of each variable's shape.
+            values["coverage"] = share_with_block(parts.curvature, parts.momentums)
+            if optimizer.step == "quadratic":
+                values["reduction_ratio"] = float(parts.measuring.damping_rule.reduction_ratio())
+                values["steps_taken_back"] = taken_back
         for name in ("skipped_steps", "rejected_factor_updates", "rejected_inverse_updates"):
             values[name] = int(getattr(optimizer, name).numpy())
         names: set[str] = set()
-        for block in optimizer.blocks if self.spectrum != "none" else ():
+        few = len(optimizer.blocks) <= _FEW_BLOCKS
+        shown = self.spectrum != "none" and (few or self.spectrum != "auto")
+        for block in optimizer.blocks if shown else ():
             path = unused_name(block.path, names)
             names.add(path)
             for inverse in block.layout.inverse_shapes:

@@ -158,16 +158,19 @@ class Measuring:
             due = self._is_due(period, number + 1 if len(groups) > 1 else 0)
             run_if(
                 due | curvature.missing_inverses(blocks),
-                functools.partial(self._refresh, blocks),
+                functools.partial(self._refresh, number, blocks),
             )
 
-    def _refresh(self, blocks: Sequence[CurvatureBlock]) -> None:
+    def _refresh(self, group: int, blocks: Sequence[CurvatureBlock]) -> None:
         damping, relative = self.damping_rule.damping(), self.damping_rule.relative
         invert: Invert = invert_stacks
-        if self._settings.sharding != "none":
+        settings = self._settings
+        if settings.sharding != "none":
             invert = functools.partial(spread, current_placement(), invert_stacks)
         refused = self._curvature.refresh(damping, relative, blocks, invert)
-        self._settings.rejected_inverse_updates.assign_add(tf.cast(refused, tf.int64))
+        settings.rejected_inverse_updates.assign_add(tf.cast(refused, tf.int64))
+        if settings.watched_steps is not None:
+            settings.watched_steps.observe_inverses(group, settings.iterations, refused)
 
     def _can_use(self, capture: Capture) -> bool:
         if not self._curvature.blocks_in(capture):
@@ -193,6 +196,8 @@ class Measuring:
             decay = self._decay_of_factors(examples)
             refused = curvature.update(statistics(sample), examples, decay)
             settings.rejected_factor_updates.assign_add(tf.cast(refused, tf.int64))
+            if settings.watched_steps is not None:
+                settings.watched_steps.observe_factors(settings.iterations, refused)
 
         due = self._is_due(settings.curvature_update_period)
         run_if(due | curvature.missing_factors(capture), update)

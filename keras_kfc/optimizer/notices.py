@@ -78,10 +78,15 @@ class Notices:
             _tell_plain_layers(model)
 
 
+def share_with_block(curvature: BlockDiagonal, variables: Sequence[Any]) -> float:
+    """The part of the parameters that have a block, in [0, 1]."""
+    sizes = [math.prod(variable.shape) for variable in variables]
+    return sum(sizes[index] for index in curvature.covered) / max(1, sum(sizes))
+
+
 def _tell_share(curvature: BlockDiagonal, variables: Sequence[Any]) -> None:
     """Says if most of the parameters have no block."""
-    sizes = [math.prod(variable.shape) for variable in variables]
-    share = sum(sizes[index] for index in curvature.covered) / max(1, sum(sizes))
+    share = share_with_block(curvature, variables)
     if share < _SMALL_SHARE:
         _logger.warning(
             "%.1f%% of the parameters have a block. The fallback rule of KFC, an "

@@ -116,7 +116,7 @@ class Update:
             plain_decay = _PLAIN_DECAY * fallback_rate * (settings.weight_decay or 0.0)
             factors: dict[int, tf.Tensor] = {}
             decays: dict[int, tf.Tensor] = {}
-            share, momentum = tf.ones(()), settings.momentum
+            share, momentum, kept = tf.ones(()), settings.momentum, tf.ones(())
             if directions:
                 rates, share = self._sizes.rates(query, directions)
                 momentum = self._rule.momentum(query)
@@ -163,7 +163,7 @@ class Update:
                 settings.assign_add(variable, change)
                 changes.append(change)
             if settings.watched_steps is not None:
-                settings.watched_steps.observe(share, list(parts.values()), changes)
+                settings.watched_steps.observe(share, list(parts.values()), changes, kept)
 
         run_if(usable, update)
         if self._batch_models is not None:
