@@ -117,11 +117,12 @@ def draw_curves(axes: Any, runs: list[Run], measure: str, label: str, log: bool 
 
 def logarithmic(axes: Any) -> None:
     """Makes an axis logarithmic, with plain numbers beside it."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def figure(width: float, height: float) -> Any:

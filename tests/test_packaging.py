@@ -2,11 +2,14 @@
 
 import ast
 import importlib.metadata
+import inspect
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -109,6 +112,42 @@ def test_pages_of_the_documentation_are_in_its_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").glob("*.md"):
         assert f": {path.name}\n" in menu, path.name
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    for module in (keras_kfc, keras_kfc.layers, keras_kfc.monitor, keras_kfc.patches):
+        for name in module.__all__:
+            if not inspect.ismodule(getattr(module, name)):
+                assert re.search(rf"\b{name}\b", page), f"{module.__name__}.{name}"
+
+
+@pytest.mark.slow
+def test_wheel_and_source_archive_hold_what_they_should(tmp_path):
+    """All modules and the type marker in the wheel; in the archive also what tests it."""
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,), (archive,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "keras_kfc").rglob("*.py")}
+    assert modules | {"keras_kfc/py.typed"} <= names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"keras_kfc"}
+    with tarfile.open(archive) as opened:
+        stored = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    for name in ("README.md", "LICENSE", "CHANGELOG.md", "examples/quickstart.py", "conftest.py"):
+        assert name in stored, name
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")} <= stored
+    # What is imported is the wheel, from a folder that has nothing else of this project.
+    code = "import keras_kfc; print(keras_kfc.__file__, keras_kfc.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[-1] == keras_kfc.__version__ and str(wheel) in done.stdout
 
 
 def test_readme_holds_the_commands_that_ci_runs():
