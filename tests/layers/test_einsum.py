@@ -65,6 +65,7 @@ def test_letters_stand_for_left_out_axes():
     assert labels_of("ab...,bc->ac...", 4) == ("abde", "bc", "acde")
 
 
+@pytest.mark.slow
 def test_attention_has_a_block_for_each_projection_and_computes_as_before():
     keras.utils.set_random_seed(1)
     inputs = keras.Input((4, 6))

@@ -149,6 +149,7 @@ def test_the_product_for_both_uses_has_the_least_additional_trace():
 
 
 @pytest.mark.parametrize("cap", few([5.0, None], 1))
+@pytest.mark.slow
 def test_a_tied_model_computes_as_keras_and_trains(cap):
     model = tied("float32", cap)
     outputs = model(X).numpy()

@@ -40,6 +40,7 @@ def fit(optimizer, caplog, epochs=2, images=None):
     return lines_of(caplog), history
 
 
+@pytest.mark.slow
 def test_ages_are_those_of_the_schedule_of_updates(caplog):
     """Due in each of the first 8 steps, in every second of the next 8, in every fourth then."""
     lines, history = fit(KFC(seed=3), caplog, epochs=9)
@@ -85,6 +86,7 @@ def test_schedules_that_do_nothing(arguments, says, caplog):
     assert says is None or says in lines[0]
 
 
+@pytest.mark.slow
 def test_schedules_are_looked_at_when_training_begins(caplog):
     """And go by the optimizer's own steps, of two batches each."""
     schedule = schedules.PiecewiseConstantDecay([4], [0.03, 0.01])

@@ -50,6 +50,7 @@ def counts(optimizer, through_branches):
     return {kind: kinds.count(kind) for kind in set(kinds)}
 
 
+@pytest.mark.slow
 def test_decompositions_and_second_backward_pass_are_in_branches_only():
     always = counts(keras_kfc.KFC(seed=1), through_branches=False)
     everything = counts(keras_kfc.KFC(seed=1), through_branches=True)
@@ -81,6 +82,7 @@ def test_factors_are_not_read_outside_of_branches():
 
 
 @pytest.mark.parametrize("options", few([{}, {"steps_per_execution": 2}], 1), ids=["step", "steps"])
+@pytest.mark.slow
 def test_an_optimizer_that_is_built_in_the_first_step_costs_no_second_trace(options):
     """And trains as one that was built before."""
     images, labels = image_batch(64)

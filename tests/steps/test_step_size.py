@@ -19,6 +19,7 @@ def line(outputs=1, inputs=2, use_bias=False, **options):
     return model
 
 
+@pytest.mark.slow
 def test_the_mean_step_is_along_the_mean_gradient():
     """Of ten batches one has a gradient a hundred times as large, along another weight.
 
