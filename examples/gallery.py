@@ -48,7 +48,7 @@ def parse(
         The options, with `picture`, the file to draw to.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--epochs", type=positive, default=epochs)
     parser.add_argument("--seed", type=int, default=1, help="of weights, batches and draws")
     parser.add_argument("--quick", action="store_true", help="one epoch, which shows nothing")
     parser.add_argument(
@@ -62,6 +62,13 @@ def parse(
         options.epochs = 1
     options.picture = options.output / f"{name}{'-quick' * options.quick}.png"
     return options
+
+
+def positive(text: str) -> int:
+    """Reads a positive integer from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, received {text!r}")
+    return int(text)
 
 
 def timed(name: str, model: keras.Model, **fit: Any) -> Run:

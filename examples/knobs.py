@@ -23,7 +23,7 @@ import numpy as np
 
 import keras_kfc
 from examples.data import DataError, ImageData, load
-from examples.gallery import OUTPUT, figure, logarithmic, save
+from examples.gallery import OUTPUT, figure, logarithmic, positive, save
 from examples.nets import digits_net, fashion_net
 
 BATCH = 64
@@ -110,7 +110,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", choices=("digits", "fashion-mnist"), default="digits")
     parser.add_argument("--data-dir", help="folder of Fashion-MNIST's IDX files (download)")
     parser.add_argument("--knobs", nargs="+", choices=VALUES, default=list(VALUES))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=positive, default=500)
     parser.add_argument("--seed", type=int, default=1, help="of weights, batches and draws")
     parser.add_argument("--quick", action="store_true", help="a short run that shows nothing")
     parser.add_argument(

@@ -24,6 +24,7 @@ from rich.console import Console
 import keras_kfc
 from examples.comparison import Run, Task, best, draw, table, train
 from examples.data import DataError, ImageData, load
+from examples.gallery import positive
 from examples.nets import digits_autoencoder, fashion_net
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -146,13 +147,6 @@ def export(run: Run, task: Task, folder: pathlib.Path, console: Console) -> None
 def shown(path: pathlib.Path) -> pathlib.Path:
     """The path as short as it goes."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
-def positive(text: str) -> int:
-    """Reads a positive integer from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, received {text!r}")
-    return int(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

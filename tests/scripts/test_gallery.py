@@ -1,6 +1,7 @@
 """The examples of the gallery and of the settings run, and draw."""
 
 import importlib
+import types
 
 import numpy as np
 import pytest
@@ -41,12 +42,29 @@ def test_a_missing_file_gives_one_sentence(tmp_path, capsys):
     assert "is missing" in capsys.readouterr().err
 
 
-def test_masks_are_where_digits_are():
-    """Where the mask is empty, the photograph is as it was: the same seed has the same pieces."""
+def test_masks_are_where_digits_are(monkeypatch):
+    """Without digits, the same seed draws the same pieces of photographs."""
     images, masks = segmentation.scenes(8, seed=3)
+    monkeypatch.setattr(
+        "sklearn.datasets.load_digits",
+        lambda: types.SimpleNamespace(images=np.zeros((1797, 8, 8))),
+    )
+    plain, empty = segmentation.scenes(8, seed=3)
+    assert not empty.any()
+    changed = (images != plain).any(axis=-1, keepdims=True)
+    assert changed[masks > 0].mean() > 0.99
+    # The faint rim of a digit is not in its mask.
+    assert changed[masks == 0].mean() < 0.3
     assert images.shape == (8, 32, 32, 3) and set(np.unique(masks)) == {0.0, 1.0}
     assert images.min() >= 0 and images.max() <= 1
     assert (masks.mean(axis=(1, 2, 3)) > 0.02).all() and (masks.mean(axis=(1, 2, 3)) < 0.5).all()
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1", "many"])
+def test_a_number_of_epochs_is_positive(epochs, capsys):
+    with pytest.raises(SystemExit):
+        parse("Says what.", ["--epochs", epochs], epochs=5, name="p")
+    assert "expected a positive integer" in capsys.readouterr().err
 
 
 def test_a_short_run_does_not_overwrite_a_real_ones_picture(tmp_path):
