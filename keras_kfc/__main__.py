@@ -18,6 +18,7 @@ import numpy as np
 import rich.box
 import tensorflow as tf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import keras_kfc
@@ -46,7 +47,7 @@ def main() -> int:
         # Whatever goes wrong is what this is to find out.
         except Exception as error:
             works = False
-            result = f"[red]failed[/red]: {type(error).__name__}: {error}"
+            result = f"[red]failed[/red]: {type(error).__name__}: {escape(str(error))}"
         table.add_row(name, result, f"{time.perf_counter() - begin:.1f}")
     console.print(table)
     console.print("Everything works." if works else "[red]Something does not work here.[/red]")
@@ -156,15 +157,16 @@ def check_training() -> str:
 def check_xla() -> str:
     """A train step that XLA compiles takes the step that another one takes."""
     images, labels = _data(32)
-    weights = []
+    moves = []
     for jit_compile in (False, True):
         keras.utils.set_random_seed(0)
         model = _net(convolution=False)
         optimizer = keras_kfc.KFC(fisher="exact")
         model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=jit_compile)
+        before = np.concatenate([w.ravel() for w in model.get_weights()])
         model.train_on_batch(images, labels)
-        weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
-    error = float(np.abs(weights[1] - weights[0]).max() / np.abs(weights[0]).max())
+        moves.append(np.concatenate([w.ravel() for w in model.get_weights()]) - before)
+    error = float(np.abs(moves[1] - moves[0]).max() / np.abs(moves[0]).max())
     _require(error < 1e-3, f"relative difference {error:.1e}")
     return f"relative difference {error:.0e}"
 

@@ -29,12 +29,12 @@ def test_a_machine_that_works(tmp_path):
 
 def test_what_fails_is_named_and_the_rest_is_checked(monkeypatch, capsys):
     def broken():
-        raise RuntimeError("no such device")
+        raise RuntimeError("no such device [/gpu]")
 
     monkeypatch.setattr(self_check, "CHECKS", {"first": broken, "second": lambda: "fine"})
     assert self_check.main() == 1
     printed = capsys.readouterr().out
-    assert "failed: RuntimeError: no such device" in printed and "fine" in printed
+    assert "failed: RuntimeError: no such device [/gpu]" in printed and "fine" in printed
     assert "Everything works" not in printed
 
 
