@@ -1,6 +1,6 @@
 """Families of networks, with KFC() and with tuned baselines, all with cosine schedules.
 
-`python -m benchmarks.families` trains each network of `benchmarks.family_nets` with KFC() for a
+`python -m benchmarks.families` trains each network of `benchmarks.family_nets` with KFC for a
 number of iterations, and with Adam, AdamW, Muon and SGD at the best of five learning rates each,
 for as many iterations as they do in KFC's seconds (start-up included), or with `--budget
 iterations` for as many. The best is chosen by the training loss of the first seed, in a part of the
@@ -88,7 +88,8 @@ def train(
     if setting.startswith("KFC"):
         names = [layer.name for layer in _layers(model) if type(layer).__name__ in exclude]
         keras_kfc.instrument(model, exclude=names)
-    optimizer = optimizer_of(setting, seed)
+    optimizer = optimizer_of(setting, seed, iterations)
+    scheduled = "cosine(" in setting
     rate = float(optimizer.learning_rate)
     model.compile(
         optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False
@@ -102,7 +103,7 @@ def train(
         if seconds is not None and done == WARM + TIMED:
             each = (times[-1] - times[WARM]) / TIMED
             iterations = max(done, done + int((seconds - times[-1] + begin) / each))
-        if seconds is None or done >= WARM + TIMED:
+        if not scheduled and (seconds is None or done >= WARM + TIMED):
             optimizer.learning_rate = rate * 0.5 * (1 + np.cos(np.pi * done / iterations))
         model.train_on_batch(*next(batches))
         times.append(time.perf_counter())
@@ -180,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__)
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--baselines", nargs="*", default=list(RATES), choices=list(RATES))
-    parser.add_argument("--kfc", default="KFC()", help="the call of the optimizer to compare")
+    parser.add_argument("--kfc", default="KFC(cosine(0.03))", help="the optimizer to compare")
     parser.add_argument("--exclude", nargs="*", default=[], help="Keras classes without a block")
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--budget", choices=("seconds", "iterations"), default="seconds")

@@ -85,13 +85,15 @@ class Run:
         return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
 
 
-def optimizer_of(setting: str, seed: int = 1) -> keras.Optimizer:
+def optimizer_of(setting: str, seed: int = 1, steps: int | None = None) -> keras.Optimizer:
     """Makes an optimizer.
 
     Args:
         setting: A call like `KFC(damping=0.3)` or `SGD(0.05, momentum=0.9)`, with numbers
-            and other literals as arguments.
+            and other literals as arguments, or `cosine(0.03)`, a cosine schedule from there to
+            zero at the last step.
         seed: Seed of KFC's drawn targets.
+        steps: Number of steps of the training, for schedules.
 
     Returns:
         The optimizer.
@@ -103,8 +105,8 @@ def optimizer_of(setting: str, seed: int = 1) -> keras.Optimizer:
         call = ast.parse(setting, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ValueError("it is not a call")
-        positional = [ast.literal_eval(argument) for argument in call.args]
-        named = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+        positional = [_value(argument, steps) for argument in call.args]
+        named = {str(option.arg): _value(option.value, steps) for option in call.keywords}
         if call.func.id == "KFC":
             return keras_kfc.KFC(*positional, **{"seed": seed, **named})
         return getattr(keras.optimizers, call.func.id)(*positional, **named)
@@ -113,6 +115,15 @@ def optimizer_of(setting: str, seed: int = 1) -> keras.Optimizer:
             "Argument `setting` must be a call of an optimizer like KFC(damping=0.3). "
             f"Received: setting={setting} ({error})"
         ) from error
+
+
+def _value(node: ast.expr, steps: int | None) -> Any:
+    """The value of an argument: a literal, or a cosine schedule."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "cosine":
+        if steps is None:
+            raise ValueError("the number of steps is not known here")
+        return keras.optimizers.schedules.CosineDecay(ast.literal_eval(node.args[0]), steps)
+    return ast.literal_eval(node)
 
 
 def schedule(budget: int, growth: float = 1.1) -> list[int]:

@@ -81,11 +81,6 @@ def main(arguments: list[str] | None = None) -> int:
         train(name, optimizer, data, options.epochs, options.seed)
         for name, optimizer in (
             ("KFC()", keras_kfc.KFC(kfc_decay, seed=options.seed)),
-            # Longer steps, since images that are moved about are not learned by heart.
-            (
-                "KFC(polyak_scaling=10)",
-                keras_kfc.KFC(kfc_decay, polyak_scaling=10.0, seed=options.seed),
-            ),
             # The best of 0.003, 0.01 and 0.03 by held-out loss.
             ("Adam(0.01)", keras.optimizers.Adam(adam_decay)),
         )

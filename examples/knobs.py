@@ -8,7 +8,6 @@ Run `python examples/knobs.py --help` for the options.
 """
 
 import argparse
-import inspect
 import os
 import pathlib
 import sys
@@ -88,9 +87,9 @@ def draw(knob: str, curves: dict[float, dict[str, np.ndarray]], path: pathlib.Pa
     """Draws the loss and the length of steps for each value."""
     picture = figure(10, 3.8)
     left, right = picture.subplots(1, 2)
-    default = inspect.signature(keras_kfc.KFC).parameters[knob].default
+    default = float(getattr(keras_kfc.KFC(), knob))
     for value, curve in curves.items():
-        label = f"{value:g}" + (", the default" if value == default else "")
+        label = f"{value:g}" + (", the default" if np.isclose(value, default) else "")
         for axes, name in ((left, "loss"), (right, "length")):
             window = min(SMOOTHING, len(curve[name]))
             smooth = np.convolve(curve[name], np.ones(window) / window, "valid")

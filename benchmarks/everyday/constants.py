@@ -2,8 +2,9 @@
 
 `python -m benchmarks.everyday.constants --setting "KFC(damping=0.3)" --setting
 steps.polyak._START=10` trains each task at the defaults and at each setting, with the same
-weights and batches, and prints how losses at the end and areas under the curves compare.
-No baselines are trained, and tasks that are kept for the final check are left out.
+weights and batches, and prints how losses at the end and areas under the curves compare. Other
+optimizers can be settings, too: `--setting "Adam(cosine(0.01))"`. Tasks that are kept for the final
+check are left out, or trained alone with `--held-out`.
 """
 
 import argparse
@@ -35,15 +36,15 @@ class Setting:
     """What is to differ from the defaults.
 
     Args:
-        kfc: The call of the optimizer.
+        optimizer: The call of the optimizer.
         constants: Names within keras_kfc and their values.
     """
 
-    kfc: str = "KFC()"
+    optimizer: str = "KFC()"
     constants: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
-        parts = [] if self.kfc == "KFC()" else [self.kfc]
+        parts = [] if self.optimizer == "KFC()" else [self.optimizer]
         parts += [f"{name}={value:g}" for name, value in self.constants]
         return " ".join(parts) or "defaults"
 
@@ -74,9 +75,14 @@ def trained(job: Job) -> Trained:
     for setting in job.settings:
         keras.backend.clear_session()
         with other_constants(dict(setting.constants)):
-            make_optimizer = functools.partial(optimizer_of, setting.kfc, 1)
-            task = TASKS[job.task]
-            trainer = Trainer(task, job.batch, job.steps, make_optimizer, instrumented=True)
+            make_optimizer = functools.partial(optimizer_of, setting.optimizer, 1, job.steps)
+            trainer = Trainer(
+                TASKS[job.task],
+                job.batch,
+                job.steps,
+                make_optimizer,
+                instrumented=setting.optimizer.startswith("KFC("),
+            )
             runs.append([trainer.run(seed) for seed in job.seeds])
     return Trained(job.task, job.batch, runs)
 
@@ -118,7 +124,7 @@ def main() -> None:
     jobs = [
         Job(name, batch, steps, tuple(arguments.seeds), settings)
         for name, task in TASKS.items()
-        if not task.held_out
+        if task.held_out == arguments.held_out
         for batch, steps in zip(task.batches, task.steps, strict=True)
         if not arguments.batch_sizes or batch in arguments.batch_sizes
     ]
@@ -140,7 +146,7 @@ def main() -> None:
 
 
 def _setting(parts: Sequence[str]) -> Setting:
-    calls = [part for part in parts if part.startswith("KFC(")]
+    calls = [part for part in parts if part.endswith(")")]
     constants = (part.split("=") for part in parts if part not in calls)
     return Setting(
         calls[0] if calls else "KFC()",
@@ -161,6 +167,7 @@ def _arguments() -> argparse.Namespace:
         metavar="CALL or MODULE.NAME=VALUE",
         help="a call of the optimizer, other values of constants, or both",
     )
+    parser.add_argument("--held-out", action="store_true", help="tasks of the final check")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[], metavar="SIZE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--processes", type=int, default=os.cpu_count())

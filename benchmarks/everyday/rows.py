@@ -67,7 +67,11 @@ def row_of(job: Job) -> Row:
         baselines.update(_baseline(task, job, family))
     with other_constants(job.constants):
         trainer = Trainer(
-            task, job.batch, job.steps, lambda: optimizer_of(job.kfc, 1), instrumented=True
+            task,
+            job.batch,
+            job.steps,
+            lambda: optimizer_of(job.kfc, 1, job.steps),
+            instrumented=True,
         )
         runs = [trainer.run(seed) for seed in job.seeds]
     return Row(job.task, job.batch, task.held_out, runs, baselines)

@@ -44,6 +44,8 @@ KERAS_ARGUMENTS = (
     "loss_scale_factor",
     "gradient_accumulation_steps",
 )
+# Polyak's scaling where a schedule takes steps back later, and where nothing does.
+_SCHEDULED, _CONSTANT = 3.0, 1.0
 # `damping` and `polyak_scaling` check themselves, see `keras_kfc.optimizer.hyperparameter`.
 CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "momentum": _number(high=1),
@@ -114,6 +116,14 @@ def check_step(arguments: Mapping[str, Any]) -> None:
             'Argument `damping` must be a number for step="quadratic", which adapts it. '
             f"Received: damping={arguments['damping']}"
         )
+
+
+def chosen_scaling(polyak_scaling: Any, learning_rate: Any) -> Any:
+    """`polyak_scaling` as it was given, or what suits the learning rate for `"auto"`."""
+    if not isinstance(polyak_scaling, str) or polyak_scaling != "auto":
+        return polyak_scaling
+    scheduled = isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule)
+    return _SCHEDULED if scheduled else _CONSTANT
 
 
 def check_forward_pass(built: bool, capture: Any, **needed: Any) -> None:

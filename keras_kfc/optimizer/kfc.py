@@ -40,18 +40,17 @@ class KFC(WholeStepOptimizer):
         α = c s (1 - μ) / average of (Σ d·D / G)     one for all layers
         β = min(α, η (1 - μ) / rms(d))               a bound for each layer
         v = -β d
-        p ← μ p + v
-        θ ← θ - w n β / (1 - μ) θ + μ p + v          (p in place of μ p + v without Nesterov)
-
-    Updates are due more often in the first steps.
+        p ← μ ρ p + v
+        θ ← θ - w n β / (1 - μ) θ + μ ρ p + v        (p in place of μ ρ p + v without Nesterov)
 
     `α` is Polyak's step size in the metric of the Fisher matrix: a gradient, momentum included,
     promises to take off a part `c`, `polyak_scaling`, of the gap `G`, what the loss has above the
     lowest value within reach. `η` is the learning rate: no layer's weights move by more in a
     step, root mean square and with momentum. `s` is `η` over its highest value so far, so that a
-    schedule acts on all steps. Kernels decay by a part `w` of the step, so far as the gradient is
-    noise, `n`. `λ` is `damping` times the mean eigenvalue of the layer's own block. The reasons
-    stand in `docs/method.md`.
+    schedule acts on all steps. `ρ`, 1.05 at most, is what the average makes steps longer or
+    shorter by, so that momentum is as long as they are. Kernels decay by a part `w` of the step,
+    so far as the gradient is noise, `n`. `λ` is `damping` times the mean eigenvalue of the layer's
+    own block. Updates are due more often at first. The reasons stand in `docs/method.md`.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with all weights;
     where a loss has none, the empirical Fisher matrix, and KFC logs so. Adam trains variables of
@@ -66,7 +65,8 @@ class KFC(WholeStepOptimizer):
         nesterov: Whether it is Nesterov's momentum. Defaults to `True`.
         polyak_scaling: A float, at least 0, or a `LearningRateSchedule`: the part `c` of the loss
             above its lowest value that a gradient may promise to take off. It and `damping` can be
-            set during training. None for steps `learning_rate * d`, unbounded. Defaults to `1.0`.
+            set during training. None for steps `learning_rate * d`, unbounded. Defaults to
+            `"auto"`: 3 if `learning_rate` is a `LearningRateSchedule`, else 1.
         norm_constraint: Bound of a trust region on the Fisher norm of a step, as a part of `L - L₀`
             (absolute if `relative_damping=False`), or None. Defaults to `None`.
         fisher: Which derivatives make `Γ`: `"sampled"` draws targets from the model's prediction
@@ -141,7 +141,7 @@ class KFC(WholeStepOptimizer):
         damping: Any = 0.15,
         momentum: float = 0.9,
         nesterov: bool = True,
-        polyak_scaling: Any = 1.0,
+        polyak_scaling: Any = "auto",
         norm_constraint: float | None = None,
         fisher: str = "sampled",
         curvature_ema: float = 0.95,
@@ -176,7 +176,7 @@ class KFC(WholeStepOptimizer):
             setattr(self, argument, value)
         arguments.check_step(given)
         self.damping = damping
-        self.polyak_scaling = polyak_scaling
+        self.polyak_scaling = arguments.chosen_scaling(polyak_scaling, learning_rate)
         draw = random.randrange(2**31) if self.seed is None else self.seed
         self.draw_seed = self._counter("seed", draw)
         for counter in ("skipped_steps", "rejected_factor_updates", "rejected_inverse_updates"):

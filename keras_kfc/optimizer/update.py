@@ -118,8 +118,8 @@ class Update:
             decays: dict[int, tf.Tensor] = {}
             share, momentum, kept = tf.ones(()), settings.momentum, tf.ones(())
             if directions:
-                rates, share = self._sizes.rates(query, directions)
                 momentum = self._rule.momentum(query)
+                rates, share = self._sizes.rates(query, directions)
                 factors = self._sizes.by_variable(-rates, directions)
                 if self._batch_models is not None and query.model is not None:
                     rate = tf.reduce_max(rates)

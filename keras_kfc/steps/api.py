@@ -75,7 +75,7 @@ class StepRule(Protocol):
         """`α_b` of all blocks, `(variables,)`; moves what is remembered, once for each step."""
 
     def momentum(self, query: StepQuery) -> Any:
-        """`μ` of the step, a number or a scalar; changes nothing."""
+        """`μ` of the step, a number or a scalar; asked before `rates`, and changes nothing."""
 
     def longest(self, query: StepQuery) -> tf.Tensor:
         """The largest rates that the rule allows, `(variables,)`."""

@@ -15,7 +15,12 @@ most of what these promise is noise, which in a sum over all would shorten the s
 
 `b` is 1 where the lowest loss is known, and `_UNKNOWN` where it is not. There, in the first steps,
 and where the loss is never seen, `α_b` is `_BLIND` times the bound, with the same average, and yet
-within the bound. Why each part is there stands in `docs/method.md`.
+within the bound.
+
+Momentum is of steps as long as those of now: when `r̄` moves, what earlier gradients have left in it
+moves by as much, `μ` times `r̄` of before over that of after. Without that, the long steps of the
+start go on for `1 / (1 - μ)` steps when the loss has fallen, and make a net too sure of itself. Why
+each part is there stands in `docs/method.md`.
 """
 
 import dataclasses
@@ -36,6 +41,8 @@ _UNKNOWN = 0.33
 _BLIND = 0.2
 # Steps after which the fall of a loss tells of its gap.
 _FIRST_STEPS = 20
+# What momentum is lengthened by in a step at most. After the start no average falls faster.
+_GROWTH = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +95,19 @@ class PolyakSteps:
         """Rates of all blocks, `(variables,)`; moves what is remembered."""
         return self.sizes(query).rates
 
-    def momentum(self, query: StepQuery) -> float:
-        """What the optimizer was given."""
-        return query.momentum
+    def momentum(self, query: StepQuery) -> tf.Tensor:
+        """What the optimizer was given, times what this batch makes steps longer or shorter by."""
+        ratio = tf.math.divide_no_nan(tf.maximum(query.slope, 0.0), self._progress.gap())
+        after = _moved(self._ratio, self._ratio_count, ratio)
+        change = tf.minimum(_GROWTH, tf.math.divide_no_nan(self._ratio.value, after))
+        known = (self._ratio_count > 0) & (self._progress.gap() > 0) & tf.math.is_finite(ratio)
+        return query.momentum * tf.where(known & ~self._early() & (change > 0), change, 1.0)
+
+    def _early(self) -> tf.Tensor:
+        """Whether nothing is known of the loss yet, a boolean scalar."""
+        unknown = self._progress.lowest_known == 0
+        early = unknown & (self._progress.steps_seen <= _FIRST_STEPS)
+        return early | ~self._progress.seen
 
     def sizes(self, query: StepQuery) -> PolyakSizes:
         """Rates of all blocks, and what they come from; moves what is remembered."""
@@ -107,11 +124,10 @@ class PolyakSteps:
         longest = learning_rate * (1 - query.momentum)
         polyak = (1 - query.momentum) * tf.math.divide_no_nan(scale, ratio)
         known = progress.lowest_known > 0
+        early = self._early()
         bound = tf.math.divide_no_nan(longest, tf.sqrt(query.squares))
         blind = _BLIND * scale * tf.math.divide_no_nan(longest, tf.sqrt(usual))
         within = tf.minimum(polyak, tf.where(known, 1.0, _UNKNOWN) * bound)
-        early = ~known & (progress.steps_seen <= _FIRST_STEPS)
-        early |= ~progress.seen
         return PolyakSizes(tf.where(early, tf.minimum(blind, bound), within), polyak, early)
 
     def longest(self, query: StepQuery) -> tf.Tensor:
@@ -130,8 +146,12 @@ def _average(average: Any, count: Any, value: tf.Tensor, usable: tf.Tensor) -> t
     """Moves an average if a value is usable, and returns what it was before, or the first value."""
     usable &= tf.reduce_all(tf.math.is_finite(value))
     before = tf.where(count > 0, average.value, value)
-    seen = count + tf.cast(usable, tf.float32)
-    rate = tf.maximum(1 - _DECAY, _START / (seen + _START - 1))
-    average.assign_add(tf.where(usable, rate * (value - average), 0.0))
-    count.assign(seen)
+    average.assign(tf.where(usable, _moved(average, count, value), average.value))
+    count.assign_add(tf.cast(usable, tf.float32))
     return before
+
+
+def _moved(average: Any, count: Any, value: tf.Tensor) -> tf.Tensor:
+    """What an average becomes with one more value."""
+    rate = tf.maximum(1 - _DECAY, _START / (count + _START))
+    return average + rate * (value - average)

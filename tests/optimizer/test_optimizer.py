@@ -183,6 +183,21 @@ def test_polyak_is_set_during_training_unless_it_is_none():
         without.polyak_scaling = 1.0
 
 
+def test_scaling_is_larger_where_a_schedule_takes_steps_back():
+    cosine = keras.optimizers.schedules.CosineDecay(0.03, 100)
+    for rate, scaling in ((0.03, 1.0), (cosine, 3.0), (lambda: 0.03, 1.0)):
+        optimizer = keras_kfc.KFC(rate)
+        assert float(optimizer.polyak_scaling) == scaling
+    restored = keras_kfc.KFC.from_config(keras_kfc.KFC(cosine).get_config())
+    assert float(restored.polyak_scaling) == 3.0
+    # What was given is taken, whatever the learning rate is.
+    assert float(keras_kfc.KFC(cosine, polyak_scaling=1.0).polyak_scaling) == 1.0
+    assert keras_kfc.KFC(cosine, polyak_scaling=None).polyak_scaling is None
+    for value in ("fast", np.array(["auto", "auto"])):
+        with pytest.raises(TypeError, match="`polyak_scaling` must be a number"):
+            keras_kfc.KFC(polyak_scaling=value)
+
+
 def test_a_schedule_of_damping_after_the_build_is_refused():
     optimizer = keras_kfc.KFC()
     optimizer.build(conv_net().trainable_variables)

@@ -174,9 +174,10 @@ def test_options_together():
 @pytest.mark.slow
 def test_schedules_follow_the_iterations(reference):
     constant = keras.optimizers.schedules.PiecewiseConstantDecay
-    same = kfc(learning_rate=constant([2], [0.03, 0.03]), damping=constant([2], [0.15, 0.15]))
+    rates = constant([2], [0.03, 0.03])
+    same = kfc(learning_rate=rates, polyak_scaling=1.0, damping=constant([2], [0.15, 0.15]))
     assert_equal_weights(fitted(same), reference)
-    stopped = kfc(learning_rate=constant([1], [0.03, 0.0]), momentum=0.0)
+    stopped = kfc(learning_rate=constant([1], [0.03, 0.0]), polyak_scaling=1.0, momentum=0.0)
     one_step = net()
     one_step.compile(kfc(momentum=0.0), LOSS)
     x, y = batches()

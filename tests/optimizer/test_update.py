@@ -33,7 +33,7 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, 
     model.compile(optimizer, "mse")
     weights = np.vstack([*model.get_weights()[0:1], model.get_weights()[1][None]])
     velocity = np.zeros_like(weights)
-    losses, noises, ratio = [], [], None
+    losses, noises, ratio, kept_parts = [], [], None, []
     for x, y in batches:
         extended = np.column_stack([x, np.ones(len(x))])
         losses.append(np.mean((extended @ weights - y) ** 2))
@@ -42,7 +42,7 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, 
         # The gradient of the mean squared error of a linear model, by hand.
         gradient = 2 * extended.T @ (extended @ weights - y) / y.size
         direction = block.omega_inverse.numpy()[0] @ gradient @ block.gamma_inverse.numpy()[0]
-        scale = learning_rate
+        scale, kept = learning_rate, momentum
         if norm_constraint is not None:
             quadratic = learning_rate**2 * np.sum(direction * gradient)
             scale *= min(1.0, np.sqrt(norm_constraint / quadratic))
@@ -55,16 +55,19 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, 
             # The average of the steps before, which forgets its first values soon.
             ratio = quotient if ratio is None else ratio
             scale = polyak_scaling * (1 - momentum) / ratio
-            ratio += max(0.05, 5 / (len(losses) + 4)) * (quotient - ratio)
+            moved = ratio + max(0.05, 5 / (len(losses) + 4)) * (quotient - ratio)
+            # Momentum is as long as steps are now.
+            kept, ratio = momentum * min(1.05, ratio / moved), moved
+            kept_parts.append(kept / momentum)
             bound = learning_rate * (1 - momentum) / np.sqrt(np.mean(direction**2))
             assert scale < bound
         step = -scale * direction
-        velocity = momentum * velocity + step
+        velocity = kept * velocity + step
         share = noises[-1] * scale / (1 - momentum)
         if polyak_scaling is not None:
             share = min(share, polyak_scaling / 8)
         weights[:4] -= decay * share * weights[:4]
-        weights += momentum * velocity + step if nesterov else velocity
+        weights += kept * velocity + step if nesterov else velocity
         # The size of the step is computed in float32.
         np.testing.assert_allclose(
             np.vstack([model.get_weights()[0], model.get_weights()[1][None]]),
@@ -73,6 +76,8 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, 
             atol=1e-7,
         )
     assert min(noises) == 0.0 and max(noises) > 0.3
+    if polyak_scaling is not None:
+        assert min(kept_parts[1:]) < 0.95 and kept_parts[0] == 1.0
 
 
 @pytest.mark.parametrize("decay", [None, 0.02])
@@ -160,6 +165,8 @@ def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nes
     before = model.get_weights()
     model.train_on_batch(inputs, targets)
     for _ in range(80 if momentum else 0):
+        # What changes the length of steps would change that of momentum.
+        optimizer.polyak_steps._ratio_count.assign(0.0)
         optimizer.apply_gradients((tf.zeros_like(v), v) for v in model.trainable_variables)
     promise = -sum(
         np.sum((new - old) * gradient.numpy())
