@@ -147,7 +147,8 @@ class Progress:
         """Number of losses seen, an int64 scalar."""
         return self._seen.value
 
-    def _start(self) -> tf.Tensor:
+    def start(self) -> tf.Tensor:
+        """`w`: 1 in the first steps, 0 in the end."""
         return tf.minimum(1.0, _START / tf.cast(tf.maximum(self._seen.value, 1), tf.float32))
 
     def trend_factor(self) -> tf.Tensor:
@@ -158,13 +159,13 @@ class Progress:
         # A loss that rises tells of other data, or of steps that are too large.
         relative = tf.abs(exponent) / _REFERENCE_EXPONENT
         relative = tf.minimum(relative, tf.where(exponent > 0, _FASTEST, 1.0))
-        start = self._start()
+        start = self.start()
         return start + (1 - start) * relative
 
     def gap(self) -> tf.Tensor:
         """What the loss may still fall by, a float32 scalar; 0 where nothing tells of it."""
         fall = (self._past - self._recent) / _REFERENCE_FALL
-        by_fall = tf.maximum(fall, _PART_OF_SPREAD * self._start() * self._spread)
+        by_fall = tf.maximum(fall, _PART_OF_SPREAD * self.start() * self._spread)
         return tf.where(self.lowest_known > 0, tf.abs(self.excess) * self.trend_factor(), by_fall)
 
     def noise_share(self, slope: tf.Tensor) -> tf.Tensor:

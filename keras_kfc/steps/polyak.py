@@ -18,9 +18,10 @@ and where the loss is never seen, `α_b` is `_BLIND` times the bound, with the s
 within the bound.
 
 Momentum is of steps as long as those of now: when `r̄` moves, what earlier gradients have left in it
-moves by as much, `μ` times `r̄` of before over that of after. Without that, the long steps of the
-start go on for `1 / (1 - μ)` steps when the loss has fallen, and make a net too sure of itself. Why
-each part is there stands in `docs/method.md`.
+moves as well, `μ` times `r̄` of before over that of after. Without that, the long steps of the start
+go on for `1 / (1 - μ)` steps when the loss has fallen, and make a net too sure of itself. After
+the start, when `r̄` mostly moves by the noise of batches, it is that ratio to the power of
+`w = min(1, 100 / steps)`. Why each part is there stands in `docs/method.md`.
 """
 
 import dataclasses
@@ -101,7 +102,8 @@ class PolyakSteps:
         after = _moved(self._ratio, self._ratio_count, ratio)
         change = tf.minimum(_GROWTH, tf.math.divide_no_nan(self._ratio.value, after))
         known = (self._ratio_count > 0) & (self._progress.gap() > 0) & tf.math.is_finite(ratio)
-        return query.momentum * tf.where(known & ~self._early() & (change > 0), change, 1.0)
+        change = tf.where(known & ~self._early() & (change > 0), change, 1.0)
+        return query.momentum * change ** self._progress.start()
 
     def _early(self) -> tf.Tensor:
         """Whether nothing is known of the loss yet, a boolean scalar."""

@@ -3,11 +3,14 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
 
 import keras_kfc
 from examples import image_classifier
 from examples.data import load_digits
+from keras_kfc.steps.api import StepQuery
+from keras_kfc.steps.loss_trend import Progress
 from keras_kfc.steps.polyak import PolyakSteps
 
 
@@ -31,3 +34,39 @@ def test_momentum_of_long_steps_does_not_go_on_when_steps_are_short(monkeypatch)
     assert error_over_entropy(keras_kfc.KFC(seed=1)) < 4
     monkeypatch.setattr(PolyakSteps, "momentum", lambda self, query: query.momentum)
     assert error_over_entropy(keras_kfc.KFC(seed=1)) > 8
+
+
+def test_momentum_follows_the_average_of_the_ratio_and_less_so_later():
+    """By hand: the ratio's average is 10; a batch's slope is 4 with a gap of 0.2, so 20."""
+
+    def kept(losses, slope, average=10.0):
+        variables = []
+
+        def variable(shape, dtype, name):
+            variables.append(keras.Variable(np.zeros(shape), dtype=dtype, name=name))
+            return variables[-1]
+
+        progress = Progress(variable)
+        rule = PolyakSteps(variable, progress)
+        rule.build(variable, 1, False)
+        for _ in range(losses):
+            progress.observe(tf.constant(0.2), tf.constant(True))
+        rule._ratio.assign(average)
+        rule._ratio_count.assign(1000.0)
+        query = StepQuery(0.03, 0.9, 1.0, tf.constant(slope), 0.0, slope, np.ones(1), [False])
+        before = [ops.convert_to_numpy(v) for v in variables]
+        momentum = float(rule.momentum(query))
+        after = [ops.convert_to_numpy(v) for v in variables]
+        assert all(np.array_equal(new, old) for new, old in zip(after, before, strict=True))
+        return momentum / 0.9
+
+    gap = 0.2  # a constant loss, in the first steps
+    assert kept(10, 20 * gap) == pytest.approx(10 / 10.5, rel=1e-5)
+    assert kept(10, 10 * gap) == pytest.approx(1.0, rel=1e-5)
+    # A gradient that promises nothing, and one that is not finite.
+    assert kept(10, 0.0) == pytest.approx(1.05, rel=1e-5)
+    assert kept(10, float("inf")) == pytest.approx(1.0)
+    # After 400 losses, the power of a quarter; and the gap of a constant loss is a quarter, too.
+    assert kept(400, 20 * gap / 4) == pytest.approx((10 / 10.5) ** 0.25, rel=1e-5)
+    # Before any loss there is nothing to follow.
+    assert kept(0, 4.0) == pytest.approx(1.0)
