@@ -78,20 +78,22 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self.spectrum = check_choice("spectrum", spectrum, SPECTRA)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Lets the optimizer note its steps, and looks at its schedules."""
+        """Lets the optimizer note its steps."""
         optimizer = _optimizer_of(self.model, self)
         if watch_steps(optimizer) and self.model.train_function is not None:
             # It was traced when nobody watched.
             self.model.make_train_function(force=True)
-        self._checks = RunChecks(optimizer)
-        epochs, steps = (self.params.get(name) for name in ("epochs", "steps"))
-        if epochs and steps:
-            accumulated = optimizer.gradient_accumulation_steps or 1
-            self._checks.check_schedules(epochs * steps // accumulated)
+        self._checks, self._begun = RunChecks(optimizer), False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Starts the means anew."""
+        """Starts the means anew, and looks at schedules in the first epoch."""
         optimizer = _optimizer_of(self.model, self)
+        epochs, steps = (self.params.get(name) for name in ("epochs", "steps"))
+        if epochs and steps and not self._begun:
+            accumulated = optimizer.gradient_accumulation_steps or 1
+            # Where training goes on, the first is not epoch 0.
+            self._checks.check_schedules((epochs - epoch) * steps // accumulated)
+        self._begun = True
         optimizer.watched_steps.reset()
         self._first_step = int(optimizer.iterations.numpy())
 

@@ -94,6 +94,22 @@ def test_schedules_are_looked_at_when_training_begins(caplog):
     assert "changes by less" in fit(optimizer, caplog)[0][0]
 
 
+@pytest.mark.slow
+def test_a_training_that_goes_on_has_the_rest_of_its_schedule(caplog):
+    """From `initial_epoch`; counted from epoch 0, the schedule would end in half of the steps."""
+    model = nets.conv_net()
+    model.compile(KFC(schedules.CosineDecay(0.03, 12), seed=3), LOSS)
+    x, y = nets.image_batch(36)
+    options = {"batch_size": 12, "verbose": 0}
+    model.fit(x, y, epochs=2, **options)
+    with caplog.at_level("WARNING", logger="keras_kfc"):
+        model.fit(x, y, epochs=4, initial_epoch=2, callbacks=[CurvatureMonitor()], **options)
+        assert not lines_of(caplog)
+        # Steps that the schedule is not made for.
+        model.fit(x, y, epochs=4, callbacks=[CurvatureMonitor()], **options)
+    assert len(lines_of(caplog)) == 1
+
+
 def test_many_skipped_steps(caplog):
     images, _ = nets.image_batch(36)
     images[3] = np.nan
