@@ -1,6 +1,7 @@
 """A model file of each format version, which must load for ever, and how its training goes on.
 
-`python tests/golden/stored_model.py` writes the files of the version of now.
+`python tests/golden/stored_model.py` writes the files of the version of now; with `--weights` only
+how training goes on, of all versions, for when a step has changed.
 """
 
 import pathlib
@@ -19,13 +20,17 @@ from keras_kfc.optimizer.archive import FORMAT_VERSION  # noqa: E402
 
 def main():
     """Stores a model after two epochs, and its weights after two more."""
-    model = resuming.compiled()
-    resuming.fit(model, epochs=2)
-    model.save(FOLDER / f"format-{FORMAT_VERSION}.keras")
-    model = keras.models.load_model(FOLDER / f"format-{FORMAT_VERSION}.keras")
-    resuming.fit(model, epochs=4, first=2)
-    weights = {str(i): w for i, w in enumerate(model.get_weights())}
-    np.savez_compressed(FOLDER / f"format-{FORMAT_VERSION}.npz", **weights)
+    paths = sorted(FOLDER.glob("format-*.keras"))
+    if "--weights" not in sys.argv:
+        paths = [FOLDER / f"format-{FORMAT_VERSION}.keras"]
+        model = resuming.compiled()
+        resuming.fit(model, epochs=2)
+        model.save(paths[0])
+    for path in paths:
+        model = keras.models.load_model(path)
+        resuming.fit(model, epochs=4, first=2)
+        weights = {str(i): w for i, w in enumerate(model.get_weights())}
+        np.savez_compressed(path.with_suffix(".npz"), **weights)
 
 
 if __name__ == "__main__":
