@@ -46,11 +46,11 @@ class KFC(WholeStepOptimizer):
     `α` is Polyak's step size in the metric of the Fisher matrix: a gradient, momentum included,
     promises to take off a part `c`, `polyak_scaling`, of the gap `G`, what the loss has above the
     lowest value within reach. `η` is the learning rate: no layer's weights move by more in a
-    step, root mean square and with momentum. `s` is `η` over its highest value so far, so that a
-    schedule acts on all steps. `ρ` is what the average makes steps shorter by, mostly at first, so
-    that momentum is as short as they are. Kernels decay by a part `w` of the step,
-    so far as the gradient is noise, `n`. `λ` is `damping` times the mean eigenvalue of the layer's
-    own block. Updates are due more often at first. The reasons stand in `docs/method.md`.
+    step, root mean square and, but for `ρ`, with momentum. `s` is `η` over its highest value so
+    far, so that a schedule acts on all steps. `ρ` is what the average makes steps shorter by,
+    mostly at first, so that momentum is as short as they are. Kernels decay by a part `w` of the
+    step, so far as the gradient is noise, `n`. `λ` is `damping` times the mean eigenvalue of the
+    layer's own block. Updates are due more often at first. See `docs/method.md` for the reasons.
 
     The Fisher matrix is the generalised Gauss-Newton matrix of the compiled loss, with all weights;
     where a loss has none, the empirical Fisher matrix, and KFC logs so. Adam trains variables of

@@ -176,5 +176,6 @@ class Progress:
         Args:
             slope: `g · F⁻¹ g` of the gradient as it was before clipping, a scalar.
         """
-        without = tf.math.divide_no_nan(2 * self.excess.value, tf.maximum(slope, 0.0))
+        # By rounding, a loss may be below its lowest value.
+        without = tf.math.divide_no_nan(2 * tf.abs(self.excess.value), tf.maximum(slope, 0.0))
         return 1 - tf.minimum(1.0, without)

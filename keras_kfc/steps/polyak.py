@@ -42,8 +42,8 @@ _UNKNOWN = 0.33
 _BLIND = 0.2
 # Steps after which the fall of a loss tells of its gap.
 _FIRST_STEPS = 20
-# What momentum is lengthened by in a step at most. After the start no average falls faster.
-_GROWTH = 1.05
+# How much further than with momentum of one length a layer may be carried while steps get longer.
+_FURTHER = 1.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +98,14 @@ class PolyakSteps:
 
     def momentum(self, query: StepQuery) -> tf.Tensor:
         """What the optimizer was given, times what this batch makes steps longer or shorter by."""
-        ratio = tf.math.divide_no_nan(tf.maximum(query.slope, 0.0), self._progress.gap())
-        after = _moved(self._ratio, self._ratio_count, ratio)
-        change = tf.minimum(_GROWTH, tf.math.divide_no_nan(self._ratio.value, after))
-        known = (self._ratio_count > 0) & (self._progress.gap() > 0) & tf.math.is_finite(ratio)
-        change = tf.where(known & ~self._early() & (change > 0), change, 1.0)
-        return query.momentum * change ** self._progress.start()
+        ratio = tf.math.divide_no_nan(query.slope, self._progress.gap())
+        change = self._ratio / _moved(self._ratio, self._ratio_count, ratio)
+        # A gradient that promises nothing says nothing of how long steps should be.
+        known = (self._ratio_count > 0) & tf.math.is_finite(ratio) & (ratio > 0) & ~self._early()
+        change = tf.where(known & (change > 0), change, 1.0) ** self._progress.start()
+        # At full precision for weights of any dtype.
+        momentum = query.momentum * tf.cast(change, tf.float64)
+        return tf.minimum(momentum, 1 - (1 - query.momentum) / _FURTHER)
 
     def _early(self) -> tf.Tensor:
         """Whether nothing is known of the loss yet, a boolean scalar."""

@@ -111,6 +111,17 @@ def test_no_rate_is_beyond_the_longest(name):
 
 
 @pytest.mark.parametrize("name", RULES)
+def test_momentum_is_below_one_and_asking_for_it_changes_nothing(name):
+    for momentum in (0.0, 0.9, 0.99):
+        asked, other = RULES[name](), RULES[name]()
+        for slope in (5.0, 1e-6, 3.0, 0.0, -1.0, 1e6):
+            of_now = dataclasses.replace(query(slope=slope), momentum=momentum)
+            value = float(asked.momentum(of_now))
+            assert 0 <= value < 1 and value == pytest.approx(float(asked.momentum(of_now)))
+            np.testing.assert_array_equal(asked.rates(of_now), other.rates(of_now))
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_a_graph_says_what_eager_mode_says(name):
     eager, graph = RULES[name](), RULES[name]()
     slopes = tf.constant([2.0, 5.0, 0.1])

@@ -39,7 +39,7 @@ def test_momentum_of_long_steps_does_not_go_on_when_steps_are_short(monkeypatch)
 def test_momentum_follows_the_average_of_the_ratio_and_less_so_later():
     """By hand: the ratio's average is 10; a batch's slope is 4 with a gap of 0.2, so 20."""
 
-    def kept(losses, slope, average=10.0):
+    def kept(losses, slope, momentum=0.9, count=1000.0, known=True):
         variables = []
 
         def variable(shape, dtype, name):
@@ -50,23 +50,31 @@ def test_momentum_follows_the_average_of_the_ratio_and_less_so_later():
         rule = PolyakSteps(variable, progress)
         rule.build(variable, 1, False)
         for _ in range(losses):
-            progress.observe(tf.constant(0.2), tf.constant(True))
-        rule._ratio.assign(average)
-        rule._ratio_count.assign(1000.0)
-        query = StepQuery(0.03, 0.9, 1.0, tf.constant(slope), 0.0, slope, np.ones(1), [False])
+            progress.observe(tf.constant(0.2), tf.constant(known))
+        rule._ratio.assign(10.0)
+        rule._ratio_count.assign(count)
+        query = StepQuery(0.03, momentum, 1.0, tf.constant(slope), 0.0, slope, np.ones(1), [False])
         before = [ops.convert_to_numpy(v) for v in variables]
-        momentum = float(rule.momentum(query))
+        asked = float(rule.momentum(query))
         after = [ops.convert_to_numpy(v) for v in variables]
         assert all(np.array_equal(new, old) for new, old in zip(after, before, strict=True))
-        return momentum / 0.9
+        return asked / momentum
 
     gap = 0.2  # a constant loss, in the first steps
     assert kept(10, 20 * gap) == pytest.approx(10 / 10.5, rel=1e-5)
     assert kept(10, 10 * gap) == pytest.approx(1.0, rel=1e-5)
-    # A gradient that promises nothing, and one that is not finite.
-    assert kept(10, 0.0) == pytest.approx(1.05, rel=1e-5)
+    # Early averages move faster: by 5 / (4 + 5).
+    assert kept(10, 20 * gap, count=4.0) == pytest.approx(10 / (10 + 50 / 9), rel=1e-5)
+    # No layer is carried further than 1.8 times, whatever momentum is.
+    for momentum in (0.5, 0.9, 0.99):
+        longest = (1 - momentum) / (1 - momentum * kept(10, 1e-9, momentum, count=0.5))
+        assert longest == pytest.approx(1.8, rel=1e-5)
+    # Gradients that promise nothing, or an increase, and one that is not finite.
+    assert kept(10, 0.0) == kept(10, -1.0) == pytest.approx(1.0)
     assert kept(10, float("inf")) == pytest.approx(1.0)
     # After 400 losses, the power of a quarter; and the gap of a constant loss is a quarter, too.
     assert kept(400, 20 * gap / 4) == pytest.approx((10 / 10.5) ** 0.25, rel=1e-5)
-    # Before any loss there is nothing to follow.
+    # Where nothing is known there is nothing to follow: no ratio, no loss, no lowest loss.
+    assert kept(10, 20 * gap, count=0.0) == pytest.approx(1.0)
+    assert kept(20, 20 * gap, known=False) == pytest.approx(1.0)
     assert kept(0, 4.0) == pytest.approx(1.0)

@@ -128,7 +128,8 @@ def test_a_schedule_changes_the_outcome(momentum):
     def excess(schedule):
         dense = keras_kfc.layers.Dense(1)
         model = keras.Sequential([keras.Input((10,)), dense])
-        model.compile(keras_kfc.KFC(schedule, momentum=momentum, seed=1), "mse")
+        optimizer = keras_kfc.KFC(schedule, polyak_scaling=1.0, momentum=momentum, seed=1)
+        model.compile(optimizer, "mse")
         model.fit(x, y, batch_size=16, epochs=4, verbose=0, shuffle=False)
         weights = np.vstack([model.get_weights()[0], model.get_weights()[1][None]])
         return np.mean((extended @ (weights - least)) ** 2)
