@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import harness, inverse, patches, step
+from benchmarks import harness, inverse, patches, runs, step
 
 pytestmark = pytest.mark.slow
 
@@ -44,3 +44,13 @@ def test_reports_hold_the_machine_and_the_rows(tmp_path, monkeypatch, capsys):
     assert content["repeats"] == 3
     assert {"processor", "cores", "tensorflow"} <= set(content["machine"])
     assert "A trial" in capsys.readouterr().out
+
+
+def test_a_setting_may_have_a_cosine_schedule_over_the_training():
+    optimizer = runs.optimizer_of("KFC(cosine(0.04), cosine(0.2))", steps=10)
+    for step, part in ((0, 1.0), (5, 0.5), (10, 0.0)):
+        optimizer.iterations.assign(step)
+        values = [float(optimizer.learning_rate), float(optimizer.damping)]
+        assert values == pytest.approx([0.04 * part, 0.2 * part], abs=1e-8)
+    with pytest.raises(ValueError, match="number of steps is not known"):
+        runs.optimizer_of("KFC(cosine(0.04))")

@@ -112,16 +112,6 @@ def test_bad_settings_are_refused(setting, capsys):
     assert "Received" in capsys.readouterr().err
 
 
-def test_a_setting_may_have_a_cosine_schedule_over_the_training():
-    optimizer = runs.optimizer_of("KFC(cosine(0.04), damping=cosine(0.2))", steps=10)
-    for step, part in ((0, 1.0), (5, 0.5), (10, 0.0)):
-        optimizer.iterations.assign(step)
-        assert float(optimizer.learning_rate) == pytest.approx(0.04 * part, abs=1e-8)
-        assert float(optimizer.damping) == pytest.approx(0.2 * part, abs=1e-8)
-    with pytest.raises(ValueError, match="number of steps is not known"):
-        runs.optimizer_of("KFC(cosine(0.04))")
-
-
 def test_search_walks_to_the_best_and_keeps_the_grid():
     tried = []
 
