@@ -48,8 +48,8 @@ def test_reports_hold_the_machine_and_the_rows(tmp_path, monkeypatch, capsys):
 
 def test_a_setting_may_have_a_cosine_schedule_over_the_training():
     optimizer = runs.optimizer_of("KFC(cosine(0.04), cosine(0.2))", steps=10)
-    for step, part in ((0, 1.0), (5, 0.5), (10, 0.0)):
-        optimizer.iterations.assign(step)
+    for taken, part in ((0, 1.0), (5, 0.5), (10, 0.0)):
+        optimizer.iterations.assign(taken)
         values = [float(optimizer.learning_rate), float(optimizer.damping)]
         assert values == pytest.approx([0.04 * part, 0.2 * part], abs=1e-8)
     with pytest.raises(ValueError, match="number of steps is not known"):
