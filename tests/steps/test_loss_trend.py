@@ -164,6 +164,14 @@ def test_a_loss_of_zero_is_no_error():
     assert np.isfinite(factors([1.0] * 200 + [0.0] * 200)).all()
 
 
+@pytest.mark.parametrize(("loss", "share"), [(0.3, 0.4), (-0.3, 0.4), (-2.0, 0.0), (0.0, 1.0)])
+def test_the_share_of_noise_is_between_zero_and_one(loss, share):
+    """`1 - 2 |E| / p`, also where rounding puts a loss below its lowest value."""
+    one = progress()
+    one.observe(tf.constant(loss), tf.constant(True))
+    assert float(one.noise_share(tf.constant(1.0))) == pytest.approx(share, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_at_its_trend(tmp_path):
     rng = np.random.default_rng(0)
