@@ -52,12 +52,17 @@ def inverses_of(omegas, gammas, shapes, damping, relative):
 
 
 def few(cases, quick):
-    """Cases of a test, of which the first few run with the quick tests, all with the slow ones."""
-    return [case if number < quick else _slow(case) for number, case in enumerate(cases)]
+    """Cases of a test: the first few run with it, the others every night only.
+
+    With none of them quick, the first is a slow test.
+    """
+    marks = [None] * quick + ([] if quick else [pytest.mark.slow])
+    marks += [pytest.mark.nightly] * (len(cases) - len(marks))
+    return [_marked(case, mark) if mark else case for case, mark in zip(cases, marks, strict=True)]
 
 
-def _slow(case):
+def _marked(case, mark):
     if hasattr(case, "marks"):
-        return pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow], id=case.id)
+        return pytest.param(*case.values, marks=[*case.marks, mark], id=case.id)
     values = case if isinstance(case, tuple) else (case,)
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=mark)

@@ -183,7 +183,7 @@ def test_predictions_are_means_over_the_posterior():
     np.testing.assert_allclose(probit, softmax(mean / np.sqrt(1 + np.pi * variance / 8)))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_layers_with_masks_positions_and_several_uses_count_whole():
     """The derivatives of single examples are those of differentiation, for any layer kind."""
     keras.utils.set_random_seed(0)

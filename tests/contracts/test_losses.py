@@ -80,7 +80,7 @@ LOSSES = {
 # An example's loss depends on all others.
 WHOLE_BATCH = {"circle"}
 QUICK = {"categorical_crossentropy", "huber", "cosine_similarity", "ctc"}
-NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in LOSSES]
+NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in LOSSES]
 every = pytest.mark.parametrize("name", NAMES)
 
 

@@ -38,7 +38,7 @@ MAPS = {
 }
 QUICK = {("dense", True), ("groups", False), ("table", False)}
 CASES = [
-    pytest.param(name, case, bias, marks=() if (case, bias) in QUICK else pytest.mark.slow)
+    pytest.param(name, case, bias, marks=() if (case, bias) in QUICK else pytest.mark.nightly)
     for name in STRUCTURE_MAPS
     for case in STRUCTURE_MAPS[name] or MAPS
     for bias in ((True, False) if case in MAPS else (False,))

@@ -32,7 +32,7 @@ def squares_of_examples(layer, inputs, weights_of_outputs):
 
 
 def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
+    return pytest.param(value, marks=pytest.mark.nightly)
 
 
 LAYERS = [
@@ -44,7 +44,7 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("use_bias", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("use_bias", [True, pytest.param(False, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("make", "shape"), LAYERS)
 @pytest.mark.parametrize("slice_bytes", [*map(slow, (2**27, 1)), 3000])
 def test_diagonal_is_the_mean_square_of_derivatives(

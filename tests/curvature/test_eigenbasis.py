@@ -58,7 +58,7 @@ def test_second_moments_are_mean_squares_of_coordinates(case):
     assert relative_error(plain.numpy()[0], expected) > 0.1  # negative control
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_diagonal_in_the_basis_is_nearer_to_the_fisher_matrix():
     """The theorem of George et al. (2018): nearer than Kronecker's own eigenvalues."""
     keras.config.set_floatx("float64")

@@ -3,12 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from helpers import few
 
 import keras_kfc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("application", ["MobileNetV2", "ResNet50V2", "DenseNet121"])
+@pytest.mark.parametrize("application", few(["MobileNetV2", "ResNet50V2", "DenseNet121"], 1))
 def test_keras_applications_are_covered_and_serve_the_same(application):
     build = getattr(keras.applications, application)
     model = build(weights=None, input_shape=(32, 32, 3), classes=4)
@@ -25,7 +26,7 @@ def test_keras_applications_are_covered_and_serve_the_same(application):
     np.testing.assert_array_equal(model(images).numpy(), before)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_application_trains():
     keras.utils.set_random_seed(3)
     model = keras.applications.MobileNet(

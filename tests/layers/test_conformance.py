@@ -28,7 +28,7 @@ layers.Conv2D = keras_kfc.layers.Conv2D
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_keras_own_tests_pass_with_these_layers(tmp_path):
     """LoRA, quantisation, sparse inputs, serialisation, invalid arguments and all."""
     for file in ("layers/core/dense_test.py", "layers/convolutional/conv_test.py"):

@@ -190,7 +190,7 @@ def test_a_subclass_of_another_library_that_adds_nothing_is_instrumented():
     assert [type(table) for table in tables] == [hub, own]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_with_tables_is_watched_drawn_and_analysed(tmp_path):
     """Blocks of all structures: their spectra are logged, their matrices drawn."""
     model = tied("float32")

@@ -80,7 +80,7 @@ def test_every_layer_is_covered_and_trained(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few(MODELS, 1))
 def test_a_model_instrumented_before_it_is_built_trains_the_same(name):
     build, expected = MODELS[name]
     images, _ = image_batch()
@@ -114,7 +114,7 @@ def test_strip_undoes_instrument(name):
         assert not hasattr(variable, "kronecker_layer")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_instrument_is_idempotent():
     model = keras_kfc.instrument(conv_net(layers))
     state = [(type(layer), dict(vars(layer))) for layer in model._flatten_layers()]
@@ -260,7 +260,7 @@ def test_layers_that_were_excluded_are_not_told(caplog):
     assert not messages(caplog)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_strip_and_instrument_between_two_fits_changes_nothing(caplog):
     models = [conv_net(keras.layers) for _ in range(2)]
     for model in models:

@@ -39,7 +39,7 @@ def twins(name, options):
 
 # Every third first, so that the quick tests have both kinds.
 @pytest.mark.parametrize(
-    ("name", "options", "shape"), few([*CASES[::3], *CASES[1::3], *CASES[2::3]], 4)
+    ("name", "options", "shape"), few([*CASES[::3], *CASES[1::3], *CASES[2::3]], 2)
 )
 def test_layers_train_as_keras_layers_do(name, options, shape):
     rng = np.random.default_rng(0)

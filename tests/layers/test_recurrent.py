@@ -78,7 +78,7 @@ def test_the_loop_of_a_capture_is_keras_own(kind, options, masked):
         assert relative_error(one, other) < 1e-12
 
 
-@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("static", few([False, True], 1))
 def test_a_graph_with_any_number_of_steps_and_examples(static):
     model = keras.Sequential([keras.Input((T if static else None, J)), layers.LSTM(H)])
     keras_kfc.instrument(model)
@@ -157,7 +157,7 @@ def test_factors_count_the_steps_that_a_mask_leaves():
     assert relative_error(blocks["kernel"].gamma[0], expected) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_bidirectional_layer_trains_both_directions():
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
@@ -203,7 +203,7 @@ def test_layers_in_a_cell_of_a_users_own_have_blocks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", few(["LSTM", "GRU"], 1))
 def test_steps_are_the_same_compiled_by_xla(kind):
     weights = []
     first = model_of(kind).get_weights()
@@ -229,7 +229,7 @@ def test_a_layer_inside_time_distributed_has_the_block_of_all_steps():
     assert relative_error(block.omega[0], rows.T @ rows / B) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_train_step_that_hides_its_loss_gets_the_empirical_factors(caplog):
     """Ordinary backward passes come by the probes, too: the layer keeps its blocks."""
 

@@ -48,8 +48,8 @@ CASES = {
     "Tversky": ("sigmoid", ONE_HOT),
 }
 EMPIRICAL = {"CTC", "Circle", "Dice", "Tversky"}
-# One of each kind; the others are a slow test.
-QUICK = {"Dice"}
+# One of each kind; the others are tested every night.
+SOME = ["Dice", "SparseCategoricalCrossentropy", "MeanAbsoluteError", "CTC"]
 
 
 def exported_losses():
@@ -86,10 +86,8 @@ def test_every_loss_of_keras_has_a_case():
     assert exported_losses() == set(CASES)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", few(SOME + sorted(set(CASES) - set(SOME)), len(SOME)))
 def test_every_loss_of_keras_trains(name, caplog):
     activation, targets = CASES[name]
     inputs = SEQUENCES if name == "CTC" else X
@@ -130,8 +128,8 @@ class Own(keras.losses.Loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
-@pytest.mark.parametrize("loss", [in_batch_contrast, scalar, elementwise, Own()])
+@pytest.mark.parametrize("fisher", few(["sampled", "exact"], 1))
+@pytest.mark.parametrize("loss", few([Own(), in_batch_contrast, scalar, elementwise], 2))
 def test_losses_of_a_users_own_train_and_one_line_tells(loss, fisher, caplog):
     with caplog.at_level(logging.INFO, "keras_kfc"):
         values, _ = history_of(
@@ -157,7 +155,7 @@ def one_layer():
     return keras.Sequential([keras.Input((5,)), keras_kfc.layers.Dense(3, name="head")])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("loss", few([in_batch_contrast, scalar], 1))
 def test_what_depends_on_the_whole_batch_has_the_empirical_fisher(loss):
     targets = ONE_HOT if loss is in_batch_contrast else SCORES

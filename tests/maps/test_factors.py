@@ -188,7 +188,7 @@ def test_empirical_factors_use_the_training_targets():
     assert relative_error(factors["dense"].gamma, naive_gamma(parts[1])) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sampled_converges_to_exact_as_draws_grow():
     exact = two_layer_factors("exact")[-1]
     errors = {}

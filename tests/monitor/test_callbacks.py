@@ -57,7 +57,8 @@ def test_watching_changes_nothing():
 @pytest.mark.parametrize(
     "options",
     few(
-        [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow), {"run_eagerly": True}], 1
+        [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.nightly), {"run_eagerly": True}],
+        1,
     ),
 )
 def test_norm_of_the_update_is_that_of_the_change_of_the_weights(options):
@@ -248,7 +249,7 @@ class Twins(keras.Model):
         return self.second(self.first(inputs))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_layers_of_one_path_have_numbers_of_their_own(tmp_path):
     model = Twins()
     model.compile(KFC(), "mse")
@@ -259,7 +260,7 @@ def test_layers_of_one_path_have_numbers_of_their_own(tmp_path):
     assert len(set(files)) == 2 and all(file.is_file() for file in files)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_reduction_ratio_of_quadratic_steps_is_logged():
     """One where the model is exact: a linear net with the squared error."""
     keras.utils.set_random_seed(0)

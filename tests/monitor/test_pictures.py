@@ -28,6 +28,7 @@ def assert_is_a_picture(file):
         assert len(np.unique(panel.reshape(-1, panel.shape[-1]), axis=0)) > 20
 
 
+@pytest.mark.nightly
 def test_a_trained_model_is_drawn_layer_by_layer(tmp_path):
     model = trained()
     files = draw_factors(model, tmp_path / "new" / "folder")
@@ -37,6 +38,7 @@ def test_a_trained_model_is_drawn_layer_by_layer(tmp_path):
     assert draw_factors(model.optimizer, tmp_path) != []
 
 
+@pytest.mark.nightly
 def test_factors_of_data_and_of_groups_are_drawn(tmp_path):
     model = keras.Sequential(
         [
@@ -76,6 +78,7 @@ def test_only_the_first_of_very_many_rows_are_shown():
     assert len(_that_fit([np.zeros((9000, 1))])) == 1
 
 
+@pytest.mark.nightly
 def test_the_callback_draws_every_so_many_epochs(tmp_path):
     model = nets.conv_net()
     model.compile(keras_kfc.KFC(), "sparse_categorical_crossentropy")

@@ -40,7 +40,7 @@ def factors_on(model, x):
     return keras_kfc.kronecker_factors(model, x, loss=LOSS, fisher="exact")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_factors_see_every_micro_batch_of_an_accumulated_step():
     x, _ = batches()
     model = net()

@@ -103,7 +103,7 @@ def test_an_optimizer_that_is_built_in_the_first_step_costs_no_second_trace(opti
     np.testing.assert_allclose(other_weights, weights, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_nothing_is_traced_again(jit_compile):
     images, labels = image_batch(128)
     model = conv_net()

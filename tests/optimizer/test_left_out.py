@@ -144,7 +144,7 @@ def test_layers_with_a_gradient_penalty_leave_the_others_their_blocks(run_eagerl
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The stored state of optimizer")
-@pytest.mark.parametrize("instrumented", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("instrumented", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_resumed_run_equals_an_uninterrupted_one(instrumented, tmp_path, caplog):
     expected = fit(penalised(instrumented), 4)
     model = penalised(instrumented)

@@ -8,6 +8,7 @@ import nets
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from keras_kfc.passes.capture import Capture
@@ -28,6 +29,7 @@ def compiled(**kwargs):
     return model
 
 
+@pytest.mark.nightly
 def test_eager_steps_leave_no_captures():
     model, before = compiled(run_eagerly=True), live_captures()
     for _ in range(4):
@@ -35,6 +37,7 @@ def test_eager_steps_leave_no_captures():
     assert live_captures() <= before
 
 
+@pytest.mark.nightly
 def test_eager_loops_with_captures_of_their_own_leave_none():
     model, before = compiled(), live_captures()
     images, labels = nets.image_batch()
@@ -64,8 +67,8 @@ def leave_a_pass_unfinished(model):
     del tape
 
 
-@pytest.mark.parametrize("use", [train, leave_a_pass_unfinished])
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("use", few([leave_a_pass_unfinished, train], 1))
+@pytest.mark.parametrize("run_eagerly", few([False, True], 1))
 def test_models_are_freed_with_their_optimizers(use, run_eagerly):
     model = compiled(run_eagerly=run_eagerly)
     use(model)

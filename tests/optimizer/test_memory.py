@@ -19,8 +19,8 @@ def really_taken(optimizer):
         {},
         {"use_ema": True, "gradient_accumulation_steps": 2},
         {"max_factor_dim": 20},
-        pytest.param({"structure": "eigenbasis"}, marks=pytest.mark.slow),
-        pytest.param({"step": "quadratic"}, marks=pytest.mark.slow),
+        pytest.param({"structure": "eigenbasis"}, marks=pytest.mark.nightly),
+        pytest.param({"step": "quadratic"}, marks=pytest.mark.nightly),
     ],
     ids=["plain", "copies", "cut", "eigenbasis", "quadratic"],
 )

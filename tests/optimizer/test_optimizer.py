@@ -153,7 +153,7 @@ def test_every_attribute_exists_from_the_start():
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_weights_of_the_optimizer_have_one_order():
     """Keras restores optimizer variables by position."""
     orders = []

@@ -102,7 +102,7 @@ def test_weight_decay_is_decoupled_and_leaves_out_biases_and_what_is_excluded():
         np.testing.assert_allclose(after - free, -0.5 * rate * before, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_exclusion_by_variable_list():
     model = net()
     optimizer = kfc(weight_decay=0.5)
@@ -150,13 +150,13 @@ def test_ways_to_run_a_step_make_no_difference(options, reference):
     assert_equal_weights(fitted(**options), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_xla_makes_no_difference_but_for_its_draws():
     exact = fitted(kfc(fisher="exact"))
     assert_equal_weights(fitted(kfc(fisher="exact"), jit_compile=True), exact, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_options_together():
     """Accumulation, clipping, decay, average and XLA in one program, against eager mode."""
     optimizer = {

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from conftest import explicit_ggn, relative_error
@@ -176,7 +177,7 @@ def noisy_data():
     return rng.normal(size=(32, 4)), {name: rng.normal(size=(32, 2)) for name in ("a", "b")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_trying_a_step_leaves_no_trace():
     """Averages, states of random numbers and metrics are those of one forward pass."""
     x, y = noisy_data()
@@ -196,7 +197,7 @@ def test_trying_a_step_leaves_no_trace():
     assert relative_error(other_kernel, kernel) > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stored_model_goes_on_as_it_was(tmp_path):
     x, y = noisy_data()
     # Keras does not store the states of random numbers.
@@ -215,8 +216,8 @@ def test_a_stored_model_goes_on_as_it_was(tmp_path):
         np.testing.assert_allclose(again, weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}])
+@pytest.mark.nightly
+@pytest.mark.parametrize("options", few([{"run_eagerly": True}, {"jit_compile": True}], 1))
 def test_xla_and_eager_mode_say_the_same(options):
     x, y = noisy_data()
     losses = []

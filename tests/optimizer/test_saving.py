@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import run_python
+from helpers import few, run_python
 from resuming import SEED, compiled, default_optimizer, fit, stored_state
 
 import keras_kfc
@@ -68,7 +68,7 @@ WAYS = [by_keras_file, by_weights_file, by_checkpoint_object]
 
 
 @pytest.mark.parametrize(
-    "way", [WAYS[0], *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])]
+    "way", [WAYS[0], *(pytest.param(way, marks=pytest.mark.nightly) for way in WAYS[1:])]
 )
 def test_two_epochs_and_two_more_are_four(way, uninterrupted, tmp_path):
     model = compiled()
@@ -135,7 +135,7 @@ def own_model(**kwargs):
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_state_of_layers_in_a_class_of_ones_own_waits_for_instrument(tmp_path):
     expected = own_model()
     fit(expected, 4)
@@ -217,7 +217,7 @@ model.save(folder / "end.keras")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_goes_on_after_a_kill_in_mid_epoch(uninterrupted, tmp_path):
     killed = run_python(SCRIPT, tmp_path, "kill")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -229,7 +229,7 @@ def test_training_goes_on_after_a_kill_in_mid_epoch(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
+@pytest.mark.parametrize("policy", few(["mixed_float16", "float64"], 1))
 def test_resuming_under_another_dtype_policy(policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     keras.config.set_floatx("float64" if policy == "float64" else "float32")
@@ -243,7 +243,7 @@ def test_resuming_under_another_dtype_policy(policy, tmp_path):
     assert_same_state(resumed, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_resuming_with_all_of_keras_optimizer_state(tmp_path):
     """EMA, gradient accumulation and schedules have variables of their own."""
 

@@ -12,7 +12,7 @@ from conftest import relative_error
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(
-    ("norm_constraint", "polyak_scaling"), few([(None, 0.01), (1e-3, None), (None, None)], 2)
+    ("norm_constraint", "polyak_scaling"), few([(None, 0.01), (1e-3, None), (None, None)], 1)
 )
 def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, polyak_scaling):
     keras.config.set_floatx("float64")
@@ -80,7 +80,7 @@ def test_step_follows_the_recursion_of_the_docstring(nesterov, norm_constraint, 
         assert min(kept_parts[1:]) < 0.95 and kept_parts[0] == 1.0
 
 
-@pytest.mark.parametrize("decay", [None, 0.02])
+@pytest.mark.parametrize("decay", few([0.02, None], 1))
 @pytest.mark.slow
 def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
     """A regression without noise stays at its solution, also along inputs that hardly vary.
@@ -103,7 +103,7 @@ def test_decay_leaves_alone_what_can_be_fitted_exactly(decay):
             np.testing.assert_allclose(weights, solution, atol=2e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_unit_of_a_loss_whose_lowest_value_is_not_known_changes_nothing():
     """Nor does it change how fast weights decay."""
     rng = np.random.default_rng(4)
@@ -173,7 +173,7 @@ def test_a_gradient_promises_the_loss_above_its_lowest_value(soft, momentum, nes
     np.testing.assert_allclose(promise, 0.01 * divergence, rtol=1e-3)
 
 
-@pytest.mark.parametrize("polyak_scaling", [1.0, 0.5])
+@pytest.mark.parametrize("polyak_scaling", few([0.5, 1.0], 1))
 @pytest.mark.parametrize("known", [True, False])
 def test_a_loss_with_no_known_lowest_value_starts_by_a_part_of_the_bound(known, polyak_scaling):
     """The same loss, as Keras's own and as a function that could be anything."""

@@ -155,13 +155,13 @@ def assert_factors(blocks, expected):
     few(
         [
             ("discriminator first", "eager"),
-            pytest.param("discriminator first", "graph", marks=pytest.mark.slow),
+            pytest.param("discriminator first", "graph", marks=pytest.mark.nightly),
             ("discriminator first", "loop"),
-            pytest.param("generator first", "eager", marks=pytest.mark.slow),
+            pytest.param("generator first", "eager", marks=pytest.mark.nightly),
             ("generator first", "graph"),
-            pytest.param("generator first", "unrolled", marks=pytest.mark.slow),
+            pytest.param("generator first", "unrolled", marks=pytest.mark.nightly),
             ("both", "eager"),
-            pytest.param("both", "graph", marks=pytest.mark.slow),
+            pytest.param("both", "graph", marks=pytest.mark.nightly),
         ],
         1,
     ),
@@ -197,7 +197,7 @@ def test_a_gan_trains():
     assert int(model.d_optimizer.skipped_steps) == int(model.g_optimizer.skipped_steps) == 0
 
 
-@pytest.mark.parametrize("run_eagerly", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run_eagerly", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_an_encoder_and_a_decoder_with_an_optimizer_each_and_one_loss(run_eagerly):
     """One tape; all gradients are taken before the first of the optimizers steps."""
 

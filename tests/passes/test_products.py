@@ -135,7 +135,7 @@ def test_steps_by_rows_are_those_by_gradients(monkeypatch, batch_size):
     np.testing.assert_allclose(rows, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_keras_does_to_gradients_is_seen(monkeypatch):
     for options in ({"global_clipnorm": 1.0}, {"loss_scale_factor": 4.0}):
         assert fitted(monkeypatch, True, **options)[1] == 0

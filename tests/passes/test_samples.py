@@ -69,7 +69,7 @@ def test_starts_are_drawn_anew_for_each_step_and_repeat_under_a_seed():
     assert all(0 <= start < 1 for start in starts)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_with_a_sample_learns_and_a_sample_of_all_changes_nothing():
     options = {"seed": 1, "fisher": "exact", "curvature_update_period": 2}
     weights = {}
@@ -83,7 +83,7 @@ def test_training_with_a_sample_learns_and_a_sample_of_all_changes_nothing():
     assert relative_error(weights[8], weights[None]) > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_samples_are_drawn_under_xla():
     model = conv_net()
     train(model, keras_kfc.KFC(factor_batch_size=8, seed=1), steps=8, jit_compile=True)

@@ -16,6 +16,7 @@ def test_patches_are_measured():
     assert "windows ms" in row
 
 
+@pytest.mark.nightly
 def test_memory_is_measured_in_a_process_of_its_own():
     number = str(len(patches.CASES) + 5)
     used = harness.in_child_process("benchmarks.patches", ["--memory", number])

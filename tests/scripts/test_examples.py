@@ -72,6 +72,7 @@ def test_quickstart_shows_what_it_says():
         assert other.final_loss < 0.01
 
 
+@pytest.mark.nightly
 def test_quickstart_on_idx_files(tmp_path, fashion_folder, capsys):
     arguments = ["--quick", "--dataset", "fashion-mnist", "--data-dir", str(fashion_folder)]
     assert quickstart.main(arguments + outputs_in(tmp_path)) == 0
@@ -201,6 +202,7 @@ def test_custom_loop_learns(capsys):
     assert len(losses) == 2 and losses[1] < 0.5 * losses[0]
 
 
+@pytest.mark.nightly
 def test_several_workers_have_equal_weights():
     script = str(ROOT / "examples" / "several_workers.py")
     # Enough steps for rounding to show, in graphs that are optimised as a user's are.

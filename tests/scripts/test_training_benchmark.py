@@ -269,6 +269,7 @@ def test_a_training_loss_ends_a_run(tmp_path, task):
     assert run.losses[-1] <= 0.5 < run.losses[-2] and run.iterations[-1] < 1000
 
 
+@pytest.mark.nightly
 def test_scaling_tunes_at_each_batch_size(tmp_path, capsys):
     scaling.main(
         [

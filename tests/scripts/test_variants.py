@@ -18,7 +18,7 @@ def test_the_summary_compares_at_the_seconds_of_the_default():
     assert rows[1]["seconds"] == pytest.approx(3.0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_runs(tmp_path, capsys):
     path = tmp_path / "variants.json"
     arguments = ["--tasks", "conv net, batch 256", "--seeds", "0", "--iterations", "20"]

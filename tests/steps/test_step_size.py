@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 from keras import ops
 from nets import flat_weights
 
@@ -116,7 +117,7 @@ def test_a_schedule_scales_steps_that_are_below_the_bound():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", few([0.9, 0.0], 1))
 def test_a_schedule_changes_the_outcome(momentum):
     """Noisy targets: a cosine takes out the noise that constant steps leave."""
     rng = np.random.default_rng(7)
@@ -155,7 +156,7 @@ def squared(offset):
     return loss
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_constant_in_the_loss_changes_nothing():
     x, y = data()
 
@@ -188,7 +189,7 @@ def test_a_negative_loss_trains():
     assert before > -0.5 and after < -0.9
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_accumulated_micro_batches_are_the_large_batch():
     """At the default options, but for draws, which cannot be the same."""
     x, y = data(examples=512)

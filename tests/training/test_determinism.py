@@ -32,6 +32,7 @@ for seed in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.nightly
 def test_runs_are_equal_to_the_bit(tmp_path):
     states = {}
     for run, seeds in (("first", (1, 2)), ("second", (1,))):

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import tensorflow as tf
-from helpers import run_python
+from helpers import few, run_python
 from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_kfc
@@ -87,7 +87,7 @@ def by_export_archive(model, folder):
 
 
 @pytest.mark.parametrize(
-    "export", [by_model_export, pytest.param(by_export_archive, marks=pytest.mark.slow)]
+    "export", [by_model_export, pytest.param(by_export_archive, marks=pytest.mark.nightly)]
 )
 @pytest.mark.slow
 def test_saved_model_is_that_of_the_plain_model(export, models, tmp_path):
@@ -139,7 +139,7 @@ def by_litert_export(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("convert", [by_converter, by_litert_export])
+@pytest.mark.parametrize("convert", few([by_converter, by_litert_export], 1))
 def test_tflite_is_that_of_the_plain_model(convert, models, tmp_path):
     images, _ = nets.image_batch(seed=5)
     expected, kinds = tflite_predictions(convert(models["plain"], tmp_path), images)

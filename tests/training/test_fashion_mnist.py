@@ -43,6 +43,7 @@ def losses_of(optimizer, images, labels, iterations, every):
     return losses
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not FOLDER.is_dir(),
     reason=f"Fashion-MNIST is not at {FOLDER}: install Debian's package dataset-fashion-mnist "

@@ -7,6 +7,7 @@ import nets
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import few
 
 import keras_kfc
 from keras_kfc import KFC
@@ -78,7 +79,7 @@ def generator():
         yield from (Batches()[index] for index in range(3))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_datasets_generators_and_arrays_train_alike(reference):
     assert_equal_weights(fit(compiled(), dataset()), reference)
     assert_equal_weights(fit(compiled(), Batches(), shuffle=False), reference)
@@ -190,7 +191,7 @@ def test_terminate_on_nan_stops_and_the_weights_stay_finite():
     assert int(model.optimizer.skipped_steps) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_class_weights_are_sample_weights_and_repetitions():
     x, y = data()
     by_class = fit(compiled(), class_weight={0: 2.0, 1: 1.0, 2: 0.0})
@@ -240,7 +241,7 @@ def test_both_backward_passes_see_one_dropout_mask():
     np.testing.assert_array_equal(in_omega, in_gamma)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_trainable_toggled_between_compiles():
     model = fit(compiled())
     hidden = model.get_layer("hidden")
@@ -259,7 +260,7 @@ def test_trainable_toggled_between_compiles():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["polyak", "quadratic"])
+@pytest.mark.parametrize("step", few(["polyak", "quadratic"], 1))
 def test_validation_sees_averaged_weights_if_asked(step):
     """The average is NumPy's, of the weights after each step; training goes on from the others."""
     x, y = data()

@@ -151,6 +151,7 @@ def fits(network):
     return True
 
 
+@pytest.mark.nightly
 @settings(fuzz, max_examples=10)
 @given(networks(), optimizers(), batches)
 def test_training_survives_what_sgd_survives(network, arguments, drawn):

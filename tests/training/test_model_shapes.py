@@ -42,7 +42,7 @@ def train(model, x, y, steps=5, loss=LOSS, **compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [pytest.param("list", marks=pytest.mark.slow), "dict"])
+@pytest.mark.parametrize("form", [pytest.param("list", marks=pytest.mark.nightly), "dict"])
 def test_two_inputs_and_outputs_train_as_two_models(form):
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)
     separate = np.concatenate(
@@ -66,7 +66,7 @@ def test_two_inputs_and_outputs_train_as_two_models(form):
     np.testing.assert_allclose(joint, separate, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_loss_weights_of_an_output_do_not_reach_the_other_branch():
     """Scale-free damping: a branch trains alike whatever its loss is multiplied by."""
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)
@@ -146,7 +146,7 @@ def test_one_layer_in_two_models():
     assert losses() < before
 
 
-@pytest.mark.parametrize("run_eagerly", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("run_eagerly", [pytest.param(False, marks=pytest.mark.nightly), True])
 @pytest.mark.slow
 def test_two_models_in_turn_train_as_each_alone(run_eagerly):
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)

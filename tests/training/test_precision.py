@@ -156,7 +156,7 @@ def test_an_overflowing_step_leaves_no_trace(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+@pytest.mark.parametrize("policy", few(["mixed_bfloat16", "mixed_float16", "float64"], 1))
 def test_training_arrives_where_float32_does(policy):
     losses = {}
     for name in ("float32", policy):
@@ -211,7 +211,7 @@ def fitted_in_float16(model):
     return history.history.get("error"), np.concatenate([w.ravel() for w in model.get_weights()])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_loss_scale_that_nobody_can_tell_changes_nothing():
     losses, weights = fitted_in_float16(parts_in_float16(2.0))
     others, other_weights = fitted_in_float16(parts_in_float16(2.0**10))

@@ -45,7 +45,7 @@ def test_xla_trains_as_graph_mode_does():
     assert relative_error(compiled, plain) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_models_built_in_any_way_train_alike(reference):
     # The reference has a batch normalisation of Keras's own.
     instrumented = keras_kfc.instrument(conv_net(keras.layers), exclude=["norm"])
@@ -74,7 +74,7 @@ class Subclassed(keras.Model):
         return inputs
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_subclassed_models_without_training_argument():
     class WithArgument(Subclassed):
         def call(self, inputs, training=None):
@@ -148,7 +148,7 @@ def test_update_factors_before_build_is_refused_with_advice():
         kfc().update_factors(keras_kfc.Capture(), "mse", tf.ones((1, 1)), tf.ones((1, 1)))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_constant_factor_on_the_loss_changes_nothing():
     """Includes the fallback rule for the batch norm; float64 leaves nothing to tolerance."""
     keras.config.set_floatx("float64")
