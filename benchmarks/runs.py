@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_kfc
+from benchmarks.lars import LARS
 from benchmarks.tasks import Task
 
 # Training loss is measured on so many examples of the training set.
@@ -109,6 +110,8 @@ def optimizer_of(setting: str, seed: int = 1, steps: int | None = None) -> keras
         named = {str(option.arg): _value(option.value, steps) for option in call.keywords}
         if call.func.id == "KFC":
             return keras_kfc.KFC(*positional, **{"seed": seed, **named})
+        if call.func.id == "LARS":
+            return LARS(*positional, **named)
         return getattr(keras.optimizers, call.func.id)(*positional, **named)
     except (SyntaxError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -1,11 +1,13 @@
-"""Iterations to a training loss against the batch size, for KFC and for tuned SGD.
+"""Iterations to a training loss against the batch size, for KFC and tuned SGD, LARS and Adam.
 
 Run as `python -m benchmarks.scaling --task DATA/NETWORK --data-dir DIR`; `--help` lists the
 options. The paper's argument for large batches (Grosse & Martens 2016, on distributed
 training): with less noise in the gradient, curvature is what limits the number of
-iterations, so that KFC's keeps falling where SGD's no longer does. At each batch size SGD is tuned
-anew (`benchmarks.search`), starting from the learning rate of the size before. Runs are kept
-as those of `benchmarks.training` are; the table goes to `summary.md`, the curves to
+iterations, so that KFC's keeps falling where SGD's no longer does. At each batch size the others
+are tuned anew (`benchmarks.search`), starting from the learning rate of the size before; a run for
+tuning ends when it has taken twice the iterations of the best one. A second table projects seconds
+on as many workers as the batch has parts of the smallest size (`benchmarks.projection`). Runs are
+kept as those of `benchmarks.training` are; the tables go to `summary.md`, the curves to
 `scaling.png`.
 """
 
@@ -16,7 +18,7 @@ import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks import curves
+from benchmarks import curves, projection
 from benchmarks.options import (
     add_common_options,
     check_optimizers,
@@ -39,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--optimizers",
         nargs="+",
-        default=["KFC()", "SGD"],
-        help=f'of {", ".join(FAMILIES)}, or a call such as "KFC()" (KFC() and SGD)',
+        default=["KFC()", "SGD", "LARS", "Adam"],
+        help=f'of {", ".join(FAMILIES)}, or a call such as "KFC()" (KFC(), SGD, LARS, Adam)',
     )
-    sizes = [64, 256, 1024, 4096]
+    sizes = [256, 1024, 4096, 16384]
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=sizes, help="(%(default)s)")
     parser.add_argument("--target", type=float, default=0.3, help="training loss (%(default)s)")
     parser.add_argument("--iterations", type=int, default=3000, help="budget (%(default)s)")
@@ -56,21 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     targets = [arguments.target]
     with progress_display() as progress:
         for batch_size in sorted(arguments.batch_sizes):
+            folder = folder_of(arguments, batch_size)
             experiment = Experiment(
-                task,
-                batch_size,
-                Budget(arguments.iterations),
-                folder_of(arguments, batch_size),
-                progress,
+                task, batch_size, Budget(arguments.iterations), folder, progress
             )
-
-            def train(setting, experiment=experiment):
-                return experiment.train_for_tuning(setting, arguments.seeds[0], targets[-1])
-
             for name in arguments.optimizers:
                 setting = name
                 if name in families:
-                    setting, _ = search(families[name], train, targets)
+                    tuning = _Tuning(task, batch_size, arguments, folder, progress)
+                    setting, _ = search(families[name], tuning.train, targets)
                     families[name] = dataclasses.replace(
                         families[name], start=number_in(families[name], setting)
                     )
@@ -84,10 +80,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{task.name}: iterations to training loss {arguments.target:g}"
     folder = arguments.output / f"{arguments.task.replace('/', '-')}-scaling"
     folder.mkdir(parents=True, exist_ok=True)
-    curves.write_tables(
-        title, [("By batch size", table_of(results, chosen, arguments.iterations))], folder
-    )
+    smallest = min(arguments.batch_sizes)
+    settings = {name: by_size[smallest] for name, by_size in chosen.items()}
+    steps = projection.seconds_of_steps(task, settings, smallest)
+    numbers = {name: projection.numbers_exchanged(task, text) for name, text in settings.items()}
+    tables = [
+        ("By batch size", table_of(results, chosen, arguments.iterations)),
+        (
+            f"Milliseconds of a step at batch {smallest}",
+            [{k: f"{1e3 * v:.3g}" for k, v in steps.items()}],
+        ),
+        ("Projected seconds", projection.table_of(results, steps, numbers)),
+    ]
+    curves.write_tables(title, tables, folder)
     draw(results, title, arguments.iterations, folder / "scaling.png")
+
+
+class _Tuning:
+    """Trains with one setting after another, none for longer than is worth it."""
+
+    def __init__(self, task, batch_size, arguments, folder, progress):
+        self._task, self._batch_size, self._folder = task, batch_size, folder
+        self._seed, self._target = arguments.seeds[0], arguments.target
+        self._most, self._progress = arguments.iterations, progress
+
+    def train(self, setting):
+        budget = Budget(self._most)
+        experiment = Experiment(self._task, self._batch_size, budget, self._folder, self._progress)
+        run = experiment.train_for_tuning(setting, self._seed, self._target)
+        hit = run.first_at(loss=self._target)
+        if hit is not None:
+            self._most = min(self._most, 2 * run.iterations[hit])
+        return run
 
 
 def table_of(results: Results, chosen: Mapping[str, Mapping[int, str]], budget: int) -> curves.Rows:

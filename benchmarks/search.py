@@ -5,8 +5,8 @@ beyond the edge that the best of them lies at, until the best has a worse neighb
 side and at least five values were tried. KFC is searched likewise over `polyak_scaling`, which sets
 the size of its steps; its learning rate is only an upper limit.
 
-Keras's Muon treats matrices as Muon does and all else, so the kernels of convolutions, as
-AdamW does; it is used as it stands.
+LARS is for large batches: `benchmarks.scaling` has it. Keras's Muon treats matrices as Muon does
+and all else, so the kernels of convolutions, as AdamW does; it is used as it stands.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, Family] = {
     "Adam": Family("Adam({})", 0.002),
     "AdamW": Family("AdamW({})", 0.002),
     "Muon": Family("Muon({})", 0.002),
+    "LARS": Family("LARS({}, momentum=0.9)", 5.0),
 }
 
 

@@ -60,3 +60,8 @@ def test_wrong_numbers_are_found(monkeypatch):
     )
     with pytest.raises(AssertionError, match="error"):
         self_check.check_step()
+    monkeypatch.undo()
+    # What is not loaded shows in the next step.
+    monkeypatch.setattr(optimizer, "load_own_variables", lambda self, store: None)
+    with pytest.raises(AssertionError, match="after loading, difference"):
+        self_check.check_training()
