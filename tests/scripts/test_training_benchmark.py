@@ -339,7 +339,7 @@ def test_lars_scales_gradients_to_the_norms_of_matrices():
         kernel, bias = kernel + momenta[0], bias + momenta[1]
     for variable, value in zip(variables, (kernel, bias), strict=True):
         np.testing.assert_allclose(variable, value, rtol=1e-6)
-    still = keras.Variable(np.zeros((2, 2)))
+    still = keras.Variable(np.zeros((2, 2)), dtype="float32")
     runs.optimizer_of("LARS(1.0)").apply([tf.zeros((2, 2))], [still])
     assert not still.numpy().any()
 
