@@ -76,6 +76,7 @@ def explicit_precision(kind, latent, x, prior, noise=1.0):
     return ggn + prior * np.eye(len(ggn))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", few(list(LOSSES), 1))
 def test_a_full_posterior_of_the_last_layer_is_the_explicit_one(kind):
     x, y = data(kind)

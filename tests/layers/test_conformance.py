@@ -232,6 +232,7 @@ class TestOptimizer(testing.TestCase):
         self.assertAllClose(variable, plain)
 
 
+@pytest.mark.nightly
 def test_a_whole_model_is_pickled_with_its_optimizer():
     model = nets.conv_net()
     nets.train(model, KFC(seed=3), steps=2)
@@ -275,7 +276,7 @@ def test_low_rank_adapters_train_by_the_fallback_rule_on_a_frozen_kernel():
 
 
 @pytest.mark.parametrize("prepare", [keras_kfc.instrument, lambda model: model])
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_quantisation_that_fails_leaves_the_layer_instrumented(prepare):
     model = prepare(
         nets.conv_net(keras.layers if prepare is keras_kfc.instrument else keras_kfc.layers)

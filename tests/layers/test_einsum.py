@@ -28,6 +28,7 @@ def trained(layer, reshaped, x, y):
     return [w.ravel() for w in layer.get_weights()]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("equation", "output_shape", "bias_axes", "split"),
     few(

@@ -99,6 +99,7 @@ def test_rows_that_no_batch_used_stay_as_they_are(clipnorm):
     assert np.abs(second - first)[1].max() > 0
 
 
+@pytest.mark.nightly
 def test_sparse_and_dense_gradients_take_the_same_steps():
     weights = []
     for clipnorm in (None, 1e6):

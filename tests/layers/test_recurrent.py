@@ -139,7 +139,7 @@ def factors_of(model, x):
     return {block.path.split("/")[-1]: block for block in model.optimizer.blocks}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_factors_count_the_steps_that_a_mask_leaves():
     model = model_of("LSTM", masked=True)
     start = model.get_weights()
@@ -202,7 +202,7 @@ def test_layers_in_a_cell_of_a_users_own_have_blocks():
     assert all(float(block.ema_weight) == B for block in model.optimizer.blocks)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", few(["LSTM", "GRU"], 1))
 def test_steps_are_the_same_compiled_by_xla(kind):
     weights = []

@@ -94,7 +94,7 @@ def draws_of(fisher, count):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("fisher, count", few([("exact", 60), ("sampled", 400)], 1))
 def test_exact_is_the_mean_of_sampled(fisher, count):
     independent, together = expected_gammas()

@@ -187,6 +187,7 @@ def test_rows_of_the_weights_match_the_patches():
     np.testing.assert_array_equal(bias, layer.bias)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "options",
     few(
@@ -221,6 +222,7 @@ def test_a_capture_sees_what_comes_before_the_activation():
     np.testing.assert_array_equal(tf.tanh(use.pre_activation), outputs)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_a_model_is_instrumented_and_has_the_factors_of_its_data(data_format):
     rng = np.random.default_rng(2)

@@ -190,7 +190,7 @@ def test_a_monitor_may_come_late_and_go_again():
         fit(model, epochs=1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_monitor_under_loss_scaling_and_accumulation():
     keras.config.set_dtype_policy("mixed_float16")
     model = compiled(KFC(gradient_accumulation_steps=3), steps_per_execution=2)

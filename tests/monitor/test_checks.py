@@ -169,6 +169,7 @@ def test_steps_that_are_taken_back_often(loss, taken_back, caplog):
     assert sum("took back 100%" in line for line in lines_of(caplog)) == taken_back
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("blocks", "numbers"), [(4, 8), (5, 0)])
 def test_auto_is_quiet_on_deep_nets(blocks, numbers):
     model = keras.Sequential([keras.Input((2,))])

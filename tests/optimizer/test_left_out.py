@@ -47,7 +47,7 @@ def solve(model, optimizer, steps, eager=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("built", few([False, True], 1))
 def test_a_differential_equation_is_solved_as_well_as_by_adam(built, caplog):
     model, optimizer = keras_kfc.instrument(field()), keras_kfc.KFC(seed=1)
     if built:
@@ -129,6 +129,7 @@ def fit(model, epochs):
     return flat_weights(model)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("run_eagerly", few([True, False], 1))
 def test_layers_with_a_gradient_penalty_leave_the_others_their_blocks(run_eagerly, caplog):
     model = penalised(run_eagerly=run_eagerly)
@@ -142,7 +143,7 @@ def test_layers_with_a_gradient_penalty_leave_the_others_their_blocks(run_eagerl
     assert relative_error(flat_weights(model), flat_weights(excluded)) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:The stored state of optimizer")
 @pytest.mark.parametrize("instrumented", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_resumed_run_equals_an_uninterrupted_one(instrumented, tmp_path, caplog):
@@ -208,6 +209,7 @@ def test_gradients_without_statistics_train_by_the_fallback_rule(eager, caplog):
     assert len(told) == 1 and "conv" in told[0] and "dense" in told[0]
 
 
+@pytest.mark.nightly
 def test_a_layer_that_only_a_regularizer_reaches_trains():
     class WithSpare(keras.Model):
         def __init__(self):

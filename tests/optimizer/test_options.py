@@ -123,7 +123,7 @@ def test_regularisers_add_to_the_gradient_and_not_to_the_factors(reference):
     assert_other_weights(regularised, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_constraints_are_applied_after_each_step(reference):
     constrained = fitted(model=net(kernel_constraint=keras.constraints.MaxNorm(0.5)))
     norms = np.linalg.norm(constrained.get_layer("hidden").get_weights()[0], axis=0)
@@ -171,7 +171,7 @@ def test_options_together():
     assert_equal_weights(fitted(kfc(**optimizer), **options), eager, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_schedules_follow_the_iterations(reference):
     constant = keras.optimizers.schedules.PiecewiseConstantDecay
     rates = constant([2], [0.03, 0.03])

@@ -110,6 +110,7 @@ def test_damping_falls_where_the_model_is_exact():
     assert float(optimizer.damping) < 0.3 * first
 
 
+@pytest.mark.nightly
 def test_damping_follows_the_ratio():
     def after(change, foretold, share=1.0, times=1):
         held = keras.Variable(0.2)

@@ -90,6 +90,7 @@ def test_another_seed_would_show(uninterrupted, tmp_path):
         assert_same_state(model, uninterrupted)
 
 
+@pytest.mark.nightly
 def test_state_loaded_before_the_optimizer_is_built_waits_for_it(uninterrupted, tmp_path):
     model = compiled()
     fit(model, 2)
@@ -101,7 +102,7 @@ def test_state_loaded_before_the_optimizer_is_built_waits_for_it(uninterrupted, 
     assert_same_state(fresh, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_checkpoint_restored_before_the_optimizer_is_built_waits_for_it(uninterrupted, tmp_path):
     model = compiled()
     fit(model, 2)
@@ -158,6 +159,7 @@ def test_state_of_layers_in_a_class_of_ones_own_waits_for_instrument(tmp_path):
     loaded.save(tmp_path / "end.keras")
 
 
+@pytest.mark.nightly
 def test_state_that_waits_does_not_undo_training_without_it():
     source, model = own_model(), own_model()
     fit(source, 2)
@@ -174,6 +176,7 @@ def test_state_that_waits_does_not_undo_training_without_it():
     assert int(model.optimizer.iterations) == steps
 
 
+@pytest.mark.nightly
 def test_the_last_state_that_was_loaded_counts():
     trained, fresh = compiled(), compiled(optimizer=keras_kfc.KFC(seed=9))
     fit(trained, 1)
@@ -184,7 +187,7 @@ def test_the_last_state_that_was_loaded_counts():
     assert int(model.optimizer.draw_seed) == 9 and int(model.optimizer.iterations) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_checkpoint_of_the_second_epoch_resumes(uninterrupted, tmp_path):
     model = compiled()
     callback = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
@@ -228,7 +231,7 @@ def test_training_goes_on_after_a_kill_in_mid_epoch(uninterrupted, tmp_path):
     assert_same_state(keras.saving.load_model(tmp_path / "end.keras"), uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("policy", few(["mixed_float16", "float64"], 1))
 def test_resuming_under_another_dtype_policy(policy, tmp_path):
     keras.config.set_dtype_policy(policy)

@@ -127,6 +127,7 @@ def test_the_unit_of_a_loss_whose_lowest_value_is_not_known_changes_nothing():
         np.testing.assert_allclose(others, some, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("soft", "momentum", "nesterov"),
     few([(True, 0.9, True), (True, 0.0, True), (True, 0.9, False), (False, 0.9, True)], 1),
@@ -209,6 +210,7 @@ def test_a_loss_with_no_known_lowest_value_starts_by_a_part_of_the_bound(known, 
         np.testing.assert_allclose(length, 0.2 * polyak_scaling * 10.0, rtol=1e-3)
 
 
+@pytest.mark.nightly
 def test_a_train_step_that_hides_its_loss_forgets_the_one_before():
     class OwnLoss(keras.Sequential):
         hides = False

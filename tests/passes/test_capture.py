@@ -116,7 +116,7 @@ def test_bad_arguments_of_update_factors_are_refused_by_name(name, arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize("run_eagerly", few([False, True], 1))
 def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(run_eagerly, caplog):
     class Wrapper(keras.Model):
         def __init__(self):

@@ -76,6 +76,7 @@ def test_padding_does_not_count(masking):
         assert relative_error(factor[0], other) > 0.05
 
 
+@pytest.mark.nightly
 def test_padding_does_not_count_with_a_compiled_loss():
     """Exact Gauss-Newton matrix: each real position's derivative is of one size."""
     x, y = data()

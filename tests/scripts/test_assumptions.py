@@ -125,6 +125,7 @@ def test_maps_of_moments_show_where_the_power_is():
     np.testing.assert_allclose(fisher_blocks.map_of_moments(values, (2, 3)), [[0, 0, 0], [0, 6, 0]])
 
 
+@pytest.mark.nightly
 def test_the_example_runs(tmp_path, capsys):
     assert assumptions.main(["--quick", "--output", str(tmp_path)]) == 0
     assert "nearest Kronecker product" in capsys.readouterr().out

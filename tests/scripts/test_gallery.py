@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+from helpers import few
 
 from examples import knobs, segmentation
 from examples.gallery import parse
@@ -13,14 +14,14 @@ pytestmark = pytest.mark.slow
 
 GALLERY = (
     "image_classifier",
-    "transfer_learning",
     "segmentation",
     "vision_transformer",
+    "transfer_learning",
     "variational_autoencoder",
 )
 
 
-@pytest.mark.parametrize("name", GALLERY)
+@pytest.mark.parametrize("name", few(GALLERY, 2))
 def test_an_example_runs(name, tmp_path, capsys):
     example = importlib.import_module(f"examples.{name}")
     assert example.main(["--quick", "--output", str(tmp_path)]) == 0

@@ -20,7 +20,7 @@ def test_told_apart_is_the_area_under_the_curve():
     assert uncertainty.told_apart(inside, outside) == pytest.approx(5 / 6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_runs(tmp_path, capsys):
     assert uncertainty.main(["--quick", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out

@@ -95,7 +95,7 @@ def small_net(loss, optimizer=None, **compiled):
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_schedule_scales_steps_that_are_below_the_bound():
     x, y = data()
 
@@ -175,6 +175,7 @@ def test_a_constant_in_the_loss_changes_nothing():
     assert trained(1e4)[1] < 2 * error
 
 
+@pytest.mark.nightly
 def test_a_negative_loss_trains():
     x, y = data()
 
@@ -275,6 +276,7 @@ def test_rows_that_no_batch_used_stay_where_they_are():
     np.testing.assert_allclose(change[used], expected, rtol=1e-3)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("units", [4, 40])
 def test_a_small_share_of_blocks_is_told_once(units, caplog):
     """Keras's own layer has none: with few units beside a wide dense layer, that is no news."""

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
             ("variational autoencoder", 64),
             ("physics-informed", 64),
         ],
-        4,
+        3,
     ),
 )
 def test_what_trains_with_adam_trains_with_kfc(name, batch):

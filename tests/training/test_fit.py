@@ -94,6 +94,7 @@ def test_train_on_batch_is_a_step_of_fit(reference):
     assert_equal_weights(model, reference)
 
 
+@pytest.mark.nightly
 def test_validation_and_prediction_between_epochs_change_nothing(reference):
     class Predict(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -103,7 +104,7 @@ def test_validation_and_prediction_between_epochs_change_nothing(reference):
     assert_equal_weights(model, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_callbacks_that_only_watch_change_nothing(reference, tmp_path):
     model = compiled(metrics=["accuracy"])
     callbacks = [
@@ -134,7 +135,7 @@ def test_learning_rate_callbacks_do_what_a_schedule_does():
     assert_equal_weights(fit(compiled(KFC(seed=3)), callbacks=[callback]), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_reducing_on_a_plateau_takes_effect(reference):
     callback = keras.callbacks.ReduceLROnPlateau(
         monitor="loss", min_delta=100.0, patience=1, factor=0.1

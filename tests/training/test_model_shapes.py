@@ -146,7 +146,7 @@ def test_one_layer_in_two_models():
     assert losses() < before
 
 
-@pytest.mark.parametrize("run_eagerly", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.parametrize("run_eagerly", few([True, False], 1))
 @pytest.mark.slow
 def test_two_models_in_turn_train_as_each_alone(run_eagerly):
     (x1, y1), (x2, y2) = data(seed=5), data(seed=6)
@@ -164,6 +164,7 @@ def test_two_models_in_turn_train_as_each_alone(run_eagerly):
         np.testing.assert_allclose(nets.flat_weights(model), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_one_optimizer_cannot_serve_two_models():
     optimizer = KFC(seed=3)
     x, y = data()

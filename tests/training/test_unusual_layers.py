@@ -51,6 +51,7 @@ def test_layers_with_one_kernel_variable_share_a_block():
     assert relative_error(block.gamma[0], (4 + 1) * 2 / 3 / 2 * np.eye(3)) < 1e-5
 
 
+@pytest.mark.nightly
 def test_frozen_layers_have_no_block_and_keep_their_weights():
     model = conv_net(batch_norm=False)
     model.get_layer("conv").trainable = False
@@ -90,6 +91,7 @@ class WithSpare(keras.Model):
         return self.used(inputs)
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_layer_that_is_never_called():
     model = compiled(WithSpare(), "mse")
@@ -100,7 +102,7 @@ def test_layer_that_is_never_called():
     assert np.isfinite(flat_weights(model)).all()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_second_compile_starts_afresh():
     model = compiled()
     model.train_on_batch(*image_batch())
