@@ -4,6 +4,7 @@ import keras
 import nets
 import numpy as np
 import pytest
+from helpers import few
 
 from keras_kfc import KFC
 from keras_kfc.layers import Dense
