@@ -18,15 +18,18 @@ def show(measured: dict[str, Any], costs: dict[str, Any]) -> None:
         costs: The cost model's numbers.
     """
     console = Console(width=120)
-    table = Table(title="Collective operations of a step: numbers in each")
-    for heading in ("optimizer", "parameters", "every step", "when due"):
+    table = Table(title="Collective operations of a step: numbers of four bytes in each")
+    for heading in ("optimizer", "parameters", "every step", "bytes", "when due"):
         table.add_column(heading)
     for name, own in measured["steps"].items():
         every = ", ".join(
             "?" if numbers is None else f"{numbers:,}" for _, numbers in own["every step"]
         )
+        sizes = [numbers for _, numbers in own["every step"]]
+        # How long gathered parts are is known when they are gathered.
+        sent = f"{4 * sum(size or 0 for size in sizes):,}" + (" and more" if None in sizes else "")
         due = sum(own["when due"].values())
-        table.add_row(name, f"{own['parameters']:,}", every, str(due))
+        table.add_row(name, f"{own['parameters']:,}", every, sent, str(due))
     console.print(table)
     renewal = measured["renewal"]
     ratio = renewal["inverses"] / renewal["none"]

@@ -32,6 +32,7 @@ class Task:
         batch_size: Mini-batch size.
         epochs: The most epochs of a run.
         counts: Whether outputs are probabilities of classes, so that there is an accuracy.
+        measured: The training loss is that of the first so many examples: measuring takes time.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Task:
     batch_size: int
     epochs: int
     counts: bool
+    measured: int = 10_000
 
 
 @dataclasses.dataclass
@@ -106,7 +108,7 @@ class _Watch(keras.callbacks.Callback):
 
     def _measure(self) -> None:
         now, run, task = time.perf_counter(), self._run, self._task
-        inputs, targets = (part[:10_000] for part in task.train)
+        inputs, targets = (part[: task.measured] for part in task.train)
         run.iterations.append(self._iteration)
         run.seconds.append(now - self._begin - self._paused)
         run.losses.append(_mean_loss(self._loss_of, inputs, targets))

@@ -85,10 +85,11 @@ def autoencoder(data: ImageData) -> Task:
         "mean_squared_error",
         (train, train),
         (test, test),
-        target=0.007,
+        target=0.008,
         batch_size=150,
         epochs=300,
         counts=False,
+        measured=500,
     )
 
 
