@@ -34,6 +34,7 @@ def run_workers(
     count: int = 2,
     seconds: float = 300,
     environment: Mapping[str, str] | None = None,
+    chief: bool = False,
 ) -> list[Finished]:
     """Runs a command once for each worker, at the same time.
 
@@ -42,6 +43,7 @@ def run_workers(
         count: Number of workers.
         seconds: After these, those that still run are ended.
         environment: Variables beside those of this process.
+        chief: Whether the first one is called the chief, as some launchers do.
 
     Returns:
         How each ended. Where one fails, the others are ended, too, since they would wait for it.
@@ -51,8 +53,12 @@ def run_workers(
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for index in range(count):
-            task = {"type": "worker", "index": index}
-            config = json.dumps({"cluster": {"worker": addresses}, "task": task})
+            cluster = {"worker": addresses[1:] if chief else addresses}
+            task = {"type": "worker", "index": index - chief}
+            if chief:
+                cluster["chief"] = addresses[:1]
+                task = {"type": "chief", "index": 0} if index == 0 else task
+            config = json.dumps({"cluster": cluster, "task": task})
             streams = [
                 stack.enter_context((folder / f"{name}{index}").open("w+"))
                 for name in ("output", "errors")

@@ -13,14 +13,14 @@ pytestmark = pytest.mark.slow
 SCRIPT = pathlib.Path(__file__).with_name("worker_cases.py")
 
 
-def workers(folder, *cases):
-    return run_workers([sys.executable, str(SCRIPT), str(folder), *cases])
+def workers(folder, *cases, **options):
+    return run_workers([sys.executable, str(SCRIPT), str(folder), *cases], **options)
 
 
-def results_of(cases, folder):
+def results_of(cases, folder, **options):
     """What each worker found, after a check that their weights and states are equal to the bit."""
     found = []
-    for code, output, errors in workers(folder, *cases):
+    for code, output, errors in workers(folder, *cases, **options):
         assert code == 0, errors[-3000:]
         found.append(json.loads(output.splitlines()[-1]))
     for case in cases:
@@ -60,6 +60,15 @@ def test_two_workers_do_what_one_device_does_otherwise(tmp_path):
         # `keras_kfc._compat.multi_worker_fit` is there for this; where Keras learns it, this
         # fails, and the module can go.
         assert results["stock_keras"] == {"fit": "ValueError", "test_on_batch": "ValueError"}
+
+
+@pytest.mark.nightly
+def test_a_chief_and_a_worker_are_two_workers(tmp_path):
+    """What launchers set `TF_CONFIG` to; the chief saves."""
+    for results in results_of(["options", "saved_by_the_chief", "refused"], tmp_path, chief=True):
+        assert results["options"]["weights"] < 1e-5
+        assert results["saved_by_the_chief"]["equal"]
+        assert "momentum is 0.8 on the one and 0.9" in results["refused"]
 
 
 @pytest.mark.nightly

@@ -20,7 +20,11 @@ import keras_kfc  # noqa: E402
 from keras_kfc import KFC  # noqa: E402
 from keras_kfc.placement import sharded  # noqa: E402
 
-WORKER = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+CONFIG = json.loads(os.environ["TF_CONFIG"])
+# Beside a chief, workers are counted from the second one on.
+WORKER = CONFIG["task"]["index"] + (
+    "chief" in CONFIG["cluster"] and CONFIG["task"]["type"] == "worker"
+)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(48, 6)).astype("float32")
 Y = RNG.integers(0, 3, size=48)
