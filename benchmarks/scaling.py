@@ -4,8 +4,9 @@ Run as `python -m benchmarks.scaling --task DATA/NETWORK --data-dir DIR`; `--hel
 options. The paper's argument for large batches (Grosse & Martens 2016, on distributed
 training): with less noise in the gradient, curvature is what limits the number of
 iterations, so that KFC's keeps falling where SGD's no longer does. At each batch size the others
-are tuned anew (`benchmarks.search`), starting from the learning rate of the size before; a run for
-tuning ends when it has taken twice the iterations of the best one. A second table projects seconds
+are tuned anew (`benchmarks.search`), starting from the learning rate of the size before, with three
+values at least; a run for tuning ends when it has taken twice the iterations of the best one, and
+one and a half times those of the size before. A second table projects seconds
 on as many workers as the batch has parts of the smallest size (`benchmarks.projection`). Runs are
 kept as those of `benchmarks.training` are; the tables go to `summary.md`, the curves to
 `scaling.png`.
@@ -26,7 +27,7 @@ from benchmarks.options import (
     progress_display,
     task_from,
 )
-from benchmarks.search import FAMILIES, number_in, search
+from benchmarks.search import FAMILIES, FEWEST, number_in, search
 from benchmarks.training import Budget, Experiment
 
 # Iterations to the target for each seed, infinite where it was missed, by batch size, by
@@ -65,8 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in arguments.optimizers:
                 setting = name
                 if name in families:
-                    tuning = _Tuning(task, batch_size, arguments, folder, progress)
-                    setting, _ = search(families[name], tuning.train, targets)
+                    # More noise never takes fewer iterations.
+                    before = [round(1.5 * min(hits[0], 1e9)) for hits in results[name].values()]
+                    most = min([arguments.iterations, *before])
+                    tuning = _Tuning(task, batch_size, arguments, folder, progress, most)
+                    fewest = 3 if before else FEWEST
+                    setting, _ = search(families[name], tuning.train, targets, fewest)
                     families[name] = dataclasses.replace(
                         families[name], start=number_in(families[name], setting)
                     )
@@ -99,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 class _Tuning:
     """Trains with one setting after another, none for longer than is worth it."""
 
-    def __init__(self, task, batch_size, arguments, folder, progress):
+    def __init__(self, task, batch_size, arguments, folder, progress, most):
         self._task, self._batch_size, self._folder = task, batch_size, folder
         self._seed, self._target = arguments.seeds[0], arguments.target
-        self._most, self._progress = arguments.iterations, progress
+        self._most, self._progress = most, progress
 
     def train(self, setting):
         budget = Budget(self._most)

@@ -79,7 +79,10 @@ def score(run: Run, targets: Sequence[float]) -> tuple[float, ...]:
 
 
 def search(
-    family: Family, train: Callable[[str], Run], targets: Sequence[float]
+    family: Family,
+    train: Callable[[str], Run],
+    targets: Sequence[float],
+    fewest: int = FEWEST,
 ) -> tuple[str, list[dict[str, Any]]]:
     """Tunes an optimizer.
 
@@ -87,6 +90,7 @@ def search(
         family: The optimizer.
         train: Trains with a setting.
         targets: Training losses to reach, the last one the lowest.
+        fewest: Number of values that are tried at least.
 
     Returns:
         The best setting, and for every setting tried a row with the iterations to each
@@ -102,7 +106,7 @@ def search(
         best = min(runs, key=lambda index: score(runs[index], targets))
         wanted = [best - 1, best + 1]
         if all(index in runs for index in wanted):
-            if len(runs) >= FEWEST:
+            if len(runs) >= fewest:
                 break
             # Beyond the better of the two edges.
             low, high = min(runs), max(runs)
