@@ -168,7 +168,7 @@ def check_training() -> str:
     pairs = zip(model.get_weights(), loaded.get_weights(), strict=True)
     error = max(float(np.abs(a - b).max()) for a, b in pairs)
     _require(error < 1e-5, f"after loading, difference {error:.1e}")
-    return f"loss {losses[0]:.2g} to {losses[-1]:.2g}, then loaded: difference {error:.0e}"
+    return f"loss {losses[0]:.2g} to {losses[-1]:.0e}, loaded: difference {error:.0e}"
 
 
 CHECKS: dict[str, Callable[[], str]] = {

@@ -166,6 +166,8 @@ def test_search_tries_at_least_five_values():
     tried = [search.number_in(search.FAMILIES["Adam"], row["setting"]) for row in grid]
     # The edge that is less bad comes first.
     assert tried == [0.0005, 0.001, 0.002, 0.005, 0.01]
+    best, grid = search.search(search.FAMILIES["Adam"], train, [0.1], fewest=3)
+    assert best == "Adam(0.002)" and len(grid) == 3
 
 
 def test_ratios_are_those_of_medians_and_bounds_where_a_target_was_missed():
