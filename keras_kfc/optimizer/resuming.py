@@ -227,29 +227,31 @@ def _take(optimizer: Any, stored: StoredState) -> None:
 
 def _check(optimizer: Any, stored: StoredState, variables: Sequence[Any]) -> None:
     """Raises a ValueError if stored state is for other layers or settings."""
-    whose = f"The stored state of optimizer '{optimizer.name}' belongs to other"
     for own, theirs in zip(describe_blocks(_curvature_of(optimizer)), stored.blocks, strict=False):
         names = [name for name in own if name != "path"]
         ours, given = ([block.get(name) for name in names] for block in (own, theirs))
         if ours != given:
-            raise ValueError(
-                f"{whose} layers or settings. Expected structure, kernel, bias and shapes of the "
-                f"factors {ours} for layer {own['path']}. Received: {given} of layer "
-                f"{theirs['path']}"
+            raise _belongs_elsewhere(
+                optimizer,
+                f"structure, kernel, bias and shapes of the factors {ours} for layer {own['path']}",
+                f"{given} of layer {theirs['path']}",
             )
     roles = stored.named(roles_of(variables, _curvature_of(optimizer)))
     if roles != stored.roles:
         pairs = zip(roles, stored.roles, strict=True)
         expected, received = next(pair for pair in pairs if pair[0] != pair[1])
-        raise ValueError(
-            f"{whose} settings. Expected a variable for {expected}. Received: one for {received}"
-        )
+        raise _belongs_elsewhere(optimizer, f"a variable for {expected}", f"one for {received}")
     for variable, array in zip(variables, stored.arrays, strict=True):
         if tuple(variable.shape) != array.shape:
-            raise ValueError(
-                f"{whose} layers or settings. Expected shape {tuple(variable.shape)} for "
-                f"{variable.path}. Received: shape {array.shape}"
-            )
+            shape = f"shape {tuple(variable.shape)} for {variable.path}"
+            raise _belongs_elsewhere(optimizer, shape, f"shape {array.shape}")
+
+
+def _belongs_elsewhere(optimizer: Any, expected: str, received: str) -> ValueError:
+    return ValueError(
+        f"The stored state of optimizer '{optimizer.name}' belongs to other layers or settings. "
+        f"Expected {expected}. Received: {received}"
+    )
 
 
 def _warn_of_skipping(optimizer: Any, reason: str) -> None:
