@@ -5,8 +5,8 @@ options. The paper's argument for large batches (Grosse & Martens 2016, on distr
 training): with less noise in the gradient, curvature is what limits the number of
 iterations, so that KFC's keeps falling where SGD's no longer does. At each batch size the others
 are tuned anew (`benchmarks.search`), starting from the learning rate of the size before, with three
-values at least; a run for tuning ends when it has taken twice the iterations of the best one, and
-one and a half times those of the size before. A second table projects seconds
+values at least; a run for tuning ends when it has taken twice the iterations of the best one, or
+one and a half times those of the size before, whichever is less. A second table projects seconds
 on as many workers as the batch has parts of the smallest size (`benchmarks.projection`). Runs are
 kept as those of `benchmarks.training` are; the tables go to `summary.md`, the curves to
 `scaling.png`.
@@ -87,18 +87,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     smallest = min(arguments.batch_sizes)
     settings = {name: by_size[smallest] for name, by_size in chosen.items()}
-    steps = projection.seconds_of_steps(task, settings, smallest)
+    most = projection.most_steps(results)
+    steps = projection.seconds_of_steps(task, settings, most, smallest)
     numbers = {name: projection.numbers_exchanged(task, text) for name, text in settings.items()}
     tables = [
         ("By batch size", table_of(results, chosen, arguments.iterations)),
         (
             f"Milliseconds of a step at batch {smallest}",
-            [{k: f"{1e3 * v:.3g}" for k, v in steps.items()}],
+            [
+                {"steps": what, **{name: _milliseconds(all_[part]) for name, all_ in steps.items()}}
+                for what, part in (("first 16", slice(16)), ("later ones", slice(16, None)))
+            ],
         ),
         ("Projected seconds", projection.table_of(results, steps, numbers)),
     ]
     curves.write_tables(title, tables, folder)
     draw(results, title, arguments.iterations, folder / "scaling.png")
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return f"{1e3 * statistics.mean(seconds):.3g}" if seconds else "-"
 
 
 class _Tuning:

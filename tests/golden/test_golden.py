@@ -11,7 +11,9 @@ from helpers import few
 from keras_kfc.optimizer.archive import FORMAT_VERSION
 
 QUICK = ("conv_net",)
-FILES = sorted(trajectories.FOLDER.glob("format-*.keras"))
+FILES = sorted(
+    trajectories.FOLDER.glob("format-*.keras"), key=lambda path: int(path.stem.split("-")[1])
+)
 
 
 def test_there_is_a_file_of_this_format():

@@ -64,11 +64,12 @@ def by_checkpoint_object(model, tmp_path):
     return fresh
 
 
-WAYS = [by_keras_file, by_weights_file, by_checkpoint_object]
+WAYS = [by_keras_file, by_checkpoint_object, by_weights_file]
+MARKS = [(), pytest.mark.slow, pytest.mark.nightly]
 
 
 @pytest.mark.parametrize(
-    "way", [WAYS[0], *(pytest.param(way, marks=pytest.mark.nightly) for way in WAYS[1:])]
+    "way", [pytest.param(way, marks=marks) for way, marks in zip(WAYS, MARKS, strict=True)]
 )
 def test_two_epochs_and_two_more_are_four(way, uninterrupted, tmp_path):
     model = compiled()
@@ -90,7 +91,7 @@ def test_another_seed_would_show(uninterrupted, tmp_path):
         assert_same_state(model, uninterrupted)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_state_loaded_before_the_optimizer_is_built_waits_for_it(uninterrupted, tmp_path):
     model = compiled()
     fit(model, 2)

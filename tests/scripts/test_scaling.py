@@ -30,22 +30,25 @@ def test_scaling_tunes_at_each_batch_size(tmp_path, capsys):
 
 
 def test_projected_seconds_are_steps_and_exchanges():
-    """A ring of 4 workers sends each number three quarters of the way twice, at 10 Gbit/s."""
+    """Four workers send each number three quarters of the way twice, at 10 Gbit/s."""
     ring = 2 * 3 / 4 * 4 / 1.25e9
-    assert projection.exchange_seconds((1000, 0), 4, 10) == pytest.approx(1000 * ring + 4e-5)
-    both = projection.exchange_seconds((1000, 500), 4, 10)
-    assert both == pytest.approx(1000 * ring + 4e-5 + (500 * ring + 4e-5) / 10)
-    assert projection.exchange_seconds((1000, 500), 1, 10) == 0
+    of_gradients = 20 * (1000 * ring + 4e-5)
+    assert projection.exchange_seconds((1000, 0), 20, 4, 10) == pytest.approx(of_gradients)
+    # Factors are due in steps 0 to 7, 8, 10, 12, 14 and 16 of the first twenty.
+    both = projection.exchange_seconds((1000, 500), 20, 4, 10)
+    assert both == pytest.approx(of_gradients + 13 * (500 * ring + 4e-5))
+    assert projection.exchange_seconds((1000, 500), 20, 1, 10) == 0
     results = {
         "KFC()": {64: [30.0, 40.0, 50.0], 128: [20.0] * 3},
         "SGD": {64: [9.0], 128: [math.inf]},
     }
-    rows = projection.table_of(
-        results, {"KFC()": 0.1, "SGD": 0.05}, {"KFC()": (0, 0), "SGD": (0, 0)}
-    )
+    assert projection.most_steps(results) == {"KFC()": 40, "SGD": 9}
+    # The first steps take longer.
+    steps = {"KFC()": [0.2] * 10 + [0.1] * 30, "SGD": [0.05] * 9}
+    rows = projection.table_of(results, steps, dict.fromkeys(steps, (0, 0)))
     assert [row["workers"] for row in rows] == 3 * ["1"] + 3 * ["2"]
-    assert rows[0]["KFC()"] == "4" and rows[0]["SGD"] == "0.45"
-    assert rows[3]["KFC()"] == "2" and rows[3]["SGD"] == "-"
+    assert rows[0]["KFC()"] == "5" and rows[0]["SGD"] == "0.45"
+    assert rows[3]["KFC()"] == "3" and rows[3]["SGD"] == "-"
 
 
 def test_numbers_exchanged_are_parameters_and_halves_of_factors():
@@ -84,6 +87,9 @@ def test_lars_scales_gradients_to_the_norms_of_matrices():
     still = keras.Variable(np.zeros((2, 2)), dtype="float32")
     runs.optimizer_of("LARS(1.0)").apply([tf.zeros((2, 2))], [still])
     assert not still.numpy().any()
+    # There is no norm to scale to: the plain step.
+    runs.optimizer_of("LARS(0.5)").apply([tf.ones((2, 2))], [still])
+    np.testing.assert_allclose(still, np.full((2, 2), -0.5))
 
 
 def test_scaling_shows_what_was_missed(tmp_path):

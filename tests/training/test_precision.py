@@ -103,8 +103,8 @@ class OwnLoss(keras.Sequential):
     few(
         [
             ("float32", None, 1e-5),
-            ("mixed_float16", 1.0, 0.02),
             ("mixed_float16", 2.0**12, 0.02),
+            ("mixed_float16", 1.0, 0.02),
             ("mixed_bfloat16", None, 0.02),
             ("float64", None, 1e-5),
         ],
