@@ -35,7 +35,7 @@ def test_training_learns():
     assert model.evaluate(images, labels, verbose=0) < 0.2
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_xla_trains_as_graph_mode_does():
     """With the exact Fisher, because TensorFlow's random numbers differ under XLA."""
     plain, compiled = (
@@ -213,7 +213,7 @@ def test_first_estimate_is_the_first_batch():
         assert relative_error(optimizer.blocks[0].omega[0], expected) < 1e-5
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_learning_rate_and_damping_are_read_and_set_during_training():
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([2], [0.5, 0.25])
     model, optimizer = conv_net(), kfc(learning_rate=schedule, damping=schedule)
