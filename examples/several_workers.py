@@ -2,7 +2,7 @@
 
 `python -m examples.several_workers` starts them by itself, each with one thread, so that a worker
 stands for a machine with one core. It trains a conv net on enlarged digits alone and together, at
-the same batch size, and shows that all workers have equal weights after every epoch.
+the same batch size, shows that all workers have equal weights after every epoch, and draws.
 """
 
 import argparse
@@ -51,10 +51,12 @@ def work(arguments: argparse.Namespace) -> None:
     batches = batches.shuffle(len(images), seed=1).repeat().batch(BATCH).with_options(options)
     with strategy.scope():
         model = keras_kfc.instrument(fashion_net())
-        model.compile(keras_kfc.KFC(seed=1), "sparse_categorical_crossentropy")
+        # The exact Fisher matrix has no draws, which would differ from those of one worker.
+        optimizer = keras_kfc.KFC(fisher="exact")
+        model.compile(optimizer, "sparse_categorical_crossentropy")
     # --8<-- [end:worker]
 
-    found, times = [], []
+    found, times, ends = [], [], []
 
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: object = None) -> None:
@@ -62,6 +64,7 @@ def work(arguments: argparse.Namespace) -> None:
 
         def on_epoch_end(self, epoch: int, logs: object = None) -> None:
             weights = b"".join(weight.tobytes() for weight in self.model.get_weights())
+            ends.append(times[-1] - times[0])
             found.append(hashlib.sha256(weights).hexdigest()[:10])
 
     history = model.fit(
@@ -75,7 +78,8 @@ def work(arguments: argparse.Namespace) -> None:
     # The first epoch has the start in it.
     last = times[-arguments.steps :]
     seconds = (last[-1] - last[0]) / max(1, len(last) - 1)
-    result = {"digests": found, "seconds": seconds, "loss": history.history["loss"][-1]}
+    losses = history.history["loss"]
+    result = {"digests": found, "seconds": seconds, "losses": losses, "ends": ends}
     pathlib.Path(arguments.result).write_text(json.dumps(result))
 
 
@@ -108,12 +112,38 @@ def run(workers: int, arguments: argparse.Namespace) -> list[dict]:
         return [json.loads(result.read_text()) for result in results]
 
 
+def draw(results: dict[str, dict], folder: pathlib.Path) -> None:
+    """Draws the loss of each epoch against seconds since the first step was done."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, result in results.items():
+        axis.plot(result["ends"], result["losses"], marker="o", label=name)
+    axis.set(xlabel="seconds since the first step was done", ylabel="training loss of an epoch")
+    axis.set_title(f"The same batches of {BATCH}, alone and shared")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "several-workers.png", dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     """Trains alone and together, and prints both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="of an epoch")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).resolve().parent / "output",
+        help="folder for the picture (default: examples/output)",
+    )
     parser.add_argument("--result", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.result:
@@ -134,11 +164,12 @@ def main() -> None:
         speed.add_column(heading, justify="right")
     for count, result in ((1, alone), (arguments.workers, together[0])):
         speed_up = alone["seconds"] / result["seconds"]
-        cells = (f"{result['seconds']:.3f}", f"{speed_up:.2f}", f"{result['loss']:.4f}")
+        cells = (f"{result['seconds']:.3f}", f"{speed_up:.2f}", f"{result['losses'][-1]:.4f}")
         speed.add_row(str(count), *cells)
     console = Console()
     console.print(weights)
     console.print(speed)
+    draw({"one worker": alone, f"{arguments.workers} workers": together[0]}, arguments.output)
     if any(result["digests"] != together[0]["digests"] for result in together):
         raise SystemExit("The workers have parted.")
     console.print("All workers have the same weights, to the bit, after every epoch.")

@@ -203,14 +203,15 @@ def test_custom_loop_learns(capsys):
 
 
 @pytest.mark.nightly
-def test_several_workers_have_equal_weights():
+def test_several_workers_have_equal_weights(tmp_path):
     script = str(ROOT / "examples" / "several_workers.py")
     # Enough steps for rounding to show, in graphs that are optimised as a user's are.
-    sizes = ["--epochs", "2", "--steps", "8"]
+    sizes = ["--epochs", "2", "--steps", "8", "--output", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, script, *sizes], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the same weights, to the bit" in done.stdout
+    assert (tmp_path / "several-workers.png").read_bytes().startswith(b"\x89PNG")
     digests = re.findall(r"│ [01] +│ (\w{10}) │ (\w{10}) │", done.stdout)
     assert len(digests) == 2 and digests[0] == digests[1] and digests[0][0] != digests[0][1]
