@@ -1,7 +1,7 @@
 """`python -m keras_kfc`: which versions and devices there are, and whether KFC works on them.
 
 The self-check compares with NumPy what would go wrong first on a new machine: factors, inverses,
-a training, XLA, a saved model. It takes about ten seconds on a processor, imports not counted.
+a training, XLA, a saved model. It takes ten to fifteen seconds on a processor, imports not counted.
 """
 
 import functools
