@@ -150,11 +150,14 @@ def shifts_of(
         network_mean,
     )
     groups = [shape.groups for shape in block_traces.shapes]
-    all_shifts = []
+    all_shifts: list[tf.Tensor] = []
     for factors, shift in zip((omegas, gammas), shifts, strict=True):
-        for factor, part in zip(factors, tf.split(shift, groups), strict=True):
-            repeats = factor.shape[0] // part.shape[0]
-            part = tf.repeat(part, repeats) if repeats > 1 else part
+        counts = [factor.shape[0] for factor in factors]
+        if counts != groups:
+            # One operation for all, since those of each block add up to much of a first step.
+            parts = [c // g for c, g in zip(counts, groups, strict=True)]
+            shift = tf.gather(shift, np.repeat(np.arange(sum(groups)), np.repeat(parts, groups)))
+        for factor, part in zip(factors, tf.split(shift, counts), strict=True):
             all_shifts.append(tf.cast(part, factor.dtype))
     return all_shifts
 

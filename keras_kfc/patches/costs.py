@@ -1,7 +1,8 @@
 """Which way of summing second moments of patches is the cheapest.
 
 An estimate of time on a CPU from static sizes: products at the speed that
-matrices of their width reach, copies, and the price of starting an operation.
+matrices of their width reach, copies, the price of starting an operation, and a share of what
+it takes to trace and optimise the graph, which is done once in a training.
 The constants were fitted to `python -m benchmarks.patches`; only ratios matter.
 On other hardware the same forms are exact, if not always the fastest.
 """
@@ -13,10 +14,14 @@ from keras_kfc._compat.tensorflow_internals import products_are_exact
 from keras_kfc.patches.geometry import Axis, row_plan
 from keras_kfc.patches.row_views import RowEncoding, spectral_period, spectral_views, window_views
 
-# Time is counted in products of a large matrix multiplication.
-_COPY = 50.0  # reading and writing one number
-_START = 5e6 / 128  # starting one operation, for each example of a batch of usual size
-_HALF_SPEED_WIDTH = 32  # matrices of this width are multiplied at half of the full speed
+# Time is counted in products of a large matrix multiplication, for each example of a batch of
+# usual size.
+_BATCH = 32
+_COPY = 100.0  # reading and writing one number
+_START = 5e6 / _BATCH  # starting one operation
+_VIEW = 1.5e8 / _BATCH  # making the graph of a view, spread over fifty updates
+_WEIGHING = 400.0 / _BATCH  # reordering and weighing one number of a Gram matrix
+_HALF_SPEED_WIDTH = 64  # matrices of this width are multiplied at half of the full speed
 # Limits beyond which a view is not considered.
 _WIDEST = 1536  # columns times channels
 _LONGEST = 1024  # columns of a row that is transformed
@@ -78,7 +83,7 @@ def _im2col_cost(rows: Axis, columns: Axis, groups: int, channels: int) -> float
     width = rows.taps * columns.taps * channels
     numbers = rows.outputs * columns.outputs * groups * width
     copies = 0 if rows.taps == columns.taps == 1 else 2 * _COPY
-    return numbers * (width + _HALF_SPEED_WIDTH + copies) + 2 * _START
+    return numbers * (width + _HALF_SPEED_WIDTH + copies) + 2 * _START + _VIEW
 
 
 def _parts(rows: Axis, columns: Axis) -> int:
@@ -119,7 +124,8 @@ def cost(
         slowdown = 1 + _HALF_SPEED_WIDTH / width
         total += row_products * vectors * width**2 * slowdown
         total += 2 * _COPY * rows.size * vectors * width
-        total += _START * operations
+        total += _START * operations + _VIEW
+        total += _WEIGHING * len(plan.sums) * view.planes * groups * width**2
         if view.planes > 1:  # the transform
             pixels = rows.size * columns.size * groups * channels
             total += pixels * (2 * view.planes + _COPY)
