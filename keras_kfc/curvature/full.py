@@ -18,6 +18,7 @@ from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock
 from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
+from keras_kfc.linalg.damping import concat
 from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import LinearMap
 
@@ -96,51 +97,75 @@ class FullRefresh:
     """
 
     def __init__(self, blocks: Sequence[FullBlock]):
+        members: dict[tuple[int, str], list[FullBlock]] = {}
+        for block in blocks:
+            matrices = block.state["full"]
+            members.setdefault((matrices.shape[1], matrices.dtype), []).append(block)
         self._blocks = blocks
-        self._matrices = [block.full for block in blocks]
+        self._stacks = [_Stack(own) for own in members.values()]
 
     @property
     def trace(self) -> tf.Tensor:
         """Sum of the traces of all matrices, a scalar."""
-        dtype = max((part.dtype for part in self._matrices), key=lambda dtype: dtype.size)
-        traces = [tf.reduce_sum(tf.linalg.trace(part)) for part in self._matrices]
-        return tf.reduce_sum(tf.stack([tf.cast(trace, dtype) for trace in traces]))
+        dtype = max((stack.traces.dtype for stack in self._stacks), key=lambda dtype: dtype.size)
+        traces = [tf.cast(tf.reduce_sum(stack.traces), dtype) for stack in self._stacks]
+        return tf.reduce_sum(tf.stack(traces))
 
     @property
     def size(self) -> float:
         """Number of rows of all matrices."""
-        return float(sum(part.shape[0] * part.shape[1] for part in self._matrices))
+        return float(sum(stack.sizes.sum() for stack in self._stacks))
 
     def run(
         self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
     ) -> list[tf.Tensor]:
         """Inverts all matrices, those of a size together; those of a layer share the damping."""
-        shifts = [_shift(matrix, damping, network_mean) for matrix in self._matrices]
-        sizes: dict[tuple[int, tf.DType], list[int]] = {}
-        for place, matrix in enumerate(self._matrices):
-            sizes.setdefault((matrix.shape[1], matrix.dtype), []).append(place)
-        inverses: dict[int, tf.Tensor] = {}
-        stacks = invert(
-            [tf.concat([self._matrices[place] for place in own], axis=0) for own in sizes.values()],
-            [tf.concat([shifts[place] for place in own], axis=0) for own in sizes.values()],
+        inverses = invert(
+            [stack.matrices for stack in self._stacks],
+            [stack.shifts(damping, network_mean) for stack in self._stacks],
         )
-        for places, stack in zip(sizes.values(), stacks, strict=True):
-            parts = tf.split(stack, [self._matrices[place].shape[0] for place in places])
-            inverses.update(zip(places, parts, strict=True))
-        return [block.store_inverses([inverses[place]]) for place, block in enumerate(self._blocks)]
+        of_block = {
+            id(block): part
+            for stack, inverse in zip(self._stacks, inverses, strict=True)
+            for block, part in zip(stack.blocks, tf.split(inverse, stack.groups), strict=True)
+        }
+        return [block.store_inverses([of_block[id(block)]]) for block in self._blocks]
 
 
-def _shift(matrix: tf.Tensor, damping: tf.Tensor, network_mean: tf.Tensor | None) -> tf.Tensor:
-    """What to add to the diagonals, `(G,)`.
+class _Stack:
+    """Blocks whose matrices have one size, as one stack: a deep network has many small ones.
 
-    Relative damping is in units of the mean eigenvalue of all groups together: a channel without
-    derivatives is not divided by its rounding errors.
+    Args:
+        blocks: The blocks.
+
+    Attributes:
+        matrices: Those of all blocks, `(Σ G, k, k)`.
+        groups: G of each block.
+        traces: Sum of the traces of the matrices of each block, `(blocks,)`.
+        sizes: Number of rows of the matrices of each block together.
     """
-    shift = tf.cast(damping, matrix.dtype)
-    if network_mean is not None:
-        mean = tf.reduce_mean(tf.linalg.diag_part(matrix))
-        shift *= tf.where(mean > 0, mean, tf.cast(network_mean, matrix.dtype))
-    return tf.fill((matrix.shape[0],), shift)
+
+    def __init__(self, blocks: Sequence[FullBlock]):
+        self.blocks = blocks
+        self.matrices = concat([block.full for block in blocks])
+        self.groups = [block.full.shape[0] for block in blocks]
+        self.sizes = np.array(self.groups) * self.matrices.shape[1]
+        self._block_of_group = np.repeat(np.arange(len(blocks)), self.groups)
+        self.traces = tf.math.segment_sum(tf.linalg.trace(self.matrices), self._block_of_group)
+
+    def shifts(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> tf.Tensor:
+        """What to add to the diagonals, `(Σ G,)`.
+
+        Relative damping is in units of the mean eigenvalue of all groups of a block together: a
+        channel without derivatives is not divided by its rounding errors.
+        """
+        dtype = self.matrices.dtype
+        shift = tf.cast(damping, dtype)
+        if network_mean is None:
+            return tf.fill((sum(self.groups),), shift)
+        means = self.traces / self.sizes.astype(dtype.as_numpy_dtype)
+        means = tf.where(means > 0, means, tf.cast(network_mean, dtype))
+        return tf.gather(shift * means, self._block_of_group)
 
 
 @structure("full")

@@ -93,13 +93,41 @@ class DepthwiseConv2DMap:
     def example_gradients(
         self, inputs: tf.Tensor, derivatives: tf.Tensor, use_bias: bool
     ) -> tf.Tensor:
-        """Each example's derivative with regard to the weights, `(B, G, n, D)`.
-
-        A kernel position sees a shifted image, and patches are never laid out.
-        """
+        """Each example's derivative with regard to the weights, `(B, G, n, D)`."""
         images, derivatives = at_least_float32(inputs), at_least_float32(derivatives)
         if self.data_format == "channels_first":
             images, derivatives = (tf.transpose(x, (0, 2, 3, 1)) for x in (images, derivatives))
+        # What TensorFlow has no kernels for on a processor.
+        alone = self.strides[0] != self.strides[1] or max(self.dilation_rate) > 1
+        kernel = (self._by_position if alone else self._by_example)(images, derivatives)
+        if use_bias:
+            total = tf.reduce_sum(derivatives, axis=(1, 2))
+            total = tf.reshape(total, (-1, self.inputs, 1, self.depth_multiplier))
+            kernel = tf.concat((kernel, total), axis=2)
+        shape = (None, self.inputs, self.kernel_rows + use_bias, self.depth_multiplier)
+        return tf.ensure_shape(kernel, shape)
+
+    def _by_example(self, images: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+        """Those of the kernel, `(B, G, K, D)`, with all channels of all examples as one image's."""
+
+        def as_one_image(tensor: tf.Tensor) -> tf.Tensor:
+            tensor = tf.transpose(tensor, (1, 2, 0, 3))
+            sizes = tf.shape(tensor)
+            return tf.reshape(tensor, (1, sizes[0], sizes[1], -1))
+
+        examples, multiplier = tf.shape(images)[0], self.depth_multiplier
+        kernel = tf.nn.depthwise_conv2d_backprop_filter(
+            as_one_image(images),
+            (*self.kernel_size, examples * self.inputs, multiplier),
+            as_one_image(derivatives),
+            (1, *self.strides, 1),
+            self.padding.upper(),
+        )
+        kernel = tf.reshape(kernel, (self.kernel_rows, examples, self.inputs, multiplier))
+        return tf.transpose(kernel, (1, 2, 0, 3))
+
+    def _by_position(self, images: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
+        """The same, a position of the kernel after the other: each sees a shifted image."""
         shape = tf.shape(derivatives)
         height, width = shape[1], shape[2]
         spans = [
@@ -128,10 +156,7 @@ class DepthwiseConv2DMap:
                     starts[1] : starts[1] + needed[1] - spans[1] + 1 : self.strides[1],
                 ]
                 rows.append(tf.reduce_sum(seen[..., None] * split, axis=(1, 2)))
-        if use_bias:
-            rows.append(tf.reduce_sum(split, axis=(1, 2)))
-        gradients = tf.stack(rows, axis=2)
-        return tf.ensure_shape(gradients, (None, self.inputs, len(rows), self.depth_multiplier))
+        return tf.stack(rows, axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
