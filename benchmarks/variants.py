@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import keras_kfc
+from benchmarks.family_nets import FAMILIES
 from benchmarks.harness import OUTPUT, describe_machine
 from benchmarks.runs import optimizer_of
 from examples.data import load_digits
@@ -38,8 +39,9 @@ VARIANTS = (
     "KFC(weight_sharing='expand')",
     "KFC(weight_sharing='reduce')",
 )
-# How often the loss over the training set is computed, outside of the time.
-LOOKS = 20
+# How often the loss over the training set is computed, outside of the time; over so many examples
+# of a larger one.
+LOOKS, EXAMPLES = 20, 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +75,29 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return data.train_images, data.train_labels
 
 
+def _family(name: str, iterations: int) -> VariantTask:
+    """One of the networks of `benchmarks.families`, on its data."""
+    build, load = FAMILIES[name]
+
+    def net(seed: int) -> keras.Model:
+        keras.utils.set_random_seed(seed)
+        return build()
+
+    def data() -> tuple[np.ndarray, np.ndarray]:
+        x, y, *_ = load(np.random.default_rng(0))
+        return x, y
+
+    return VariantTask(net, data, "sparse_categorical_crossentropy", 128, iterations)
+
+
 TASKS = {
     "deep autoencoder, batch 1024": VariantTask(digits_autoencoder, _pixels, "mse", 1024, 200),
     "deep autoencoder, batch 128": VariantTask(digits_autoencoder, _pixels, "mse", 128, 300),
     "conv net, batch 256": VariantTask(
         digits_net, _digits, "sparse_categorical_crossentropy", 256, 100
     ),
+    "resnet, batch norm, batch 128": _family("resnet, batch norm", 200),
+    "vit, batch 128": _family("vit", 200),
 }
 
 
@@ -105,7 +124,9 @@ def curve(task: VariantTask, setting: str, seed: int) -> list[tuple[float, float
         begin = time.perf_counter()
         model.fit(part, verbose=0)
         seconds += time.perf_counter() - begin
-        points.append((seconds, float(model.evaluate(x, y, batch_size=len(x), verbose=0))))
+        seen = x[:EXAMPLES], y[:EXAMPLES]
+        loss = float(model.evaluate(*seen, batch_size=EXAMPLES, verbose=0))
+        points.append((seconds, loss))
     return points
 
 

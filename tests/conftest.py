@@ -21,7 +21,12 @@ def pytest_collection_finish():
 
 
 # Scripts for processes of their own, which set up devices.
-collect_ignore = ["contracts/placement_checks.py", "placement/worker_cases.py"]
+collect_ignore = [
+    "contracts/placement_checks.py",
+    "placement/worker_cases.py",
+    # Needs PyTorch.
+    "peers/write_curvlinops.py",
+]
 
 
 @pytest.fixture(autouse=True)
