@@ -24,8 +24,9 @@ def pytest_collection_finish():
 collect_ignore = [
     "contracts/placement_checks.py",
     "placement/worker_cases.py",
-    # Needs PyTorch.
+    # Need PyTorch.
     "peers/write_curvlinops.py",
+    "peers/write_laplace.py",
 ]
 
 

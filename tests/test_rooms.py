@@ -58,9 +58,9 @@ def test_files_can_be_read_at_one_sitting(folder):
 
 
 def test_tests_are_in_the_rooms_of_what_they_test():
-    """Beside the rooms: suites for all kinds, stored trainings, whole trainings, and scripts."""
+    """Beside the rooms: suites for all kinds, stored trainings, whole ones, scripts, others' work."""
     folders = {path.parent.name for path in TESTS.rglob("test_*.py")} - {TESTS.name}
-    assert folders - set(FLOOR_OF) == {"contracts", "golden", "training", "scripts"}
+    assert folders - set(FLOOR_OF) == {"contracts", "golden", "training", "scripts", "peers"}
 
 
 def test_only_one_room_knows_private_names():
