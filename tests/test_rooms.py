@@ -58,7 +58,7 @@ def test_files_can_be_read_at_one_sitting(folder):
 
 
 def test_tests_are_in_the_rooms_of_what_they_test():
-    """Beside the rooms: suites for all kinds, stored trainings, whole ones, scripts, others' work."""
+    """Beside the rooms: suites for all kinds, trainings, scripts, what other packages compute."""
     folders = {path.parent.name for path in TESTS.rglob("test_*.py")} - {TESTS.name}
     assert folders - set(FLOOR_OF) == {"contracts", "golden", "training", "scripts", "peers"}
 
