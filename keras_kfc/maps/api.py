@@ -185,3 +185,11 @@ def pad_and_split_columns(rows: tf.Tensor, parts: int) -> tf.Tensor:
     rows = tf.pad(rows, ((0, 0), (0, 0), (0, width * parts - columns)))
     rows = tf.transpose(tf.reshape(rows, (groups, -1, parts, width)), (0, 2, 1, 3))
     return tf.reshape(rows, (groups * parts, -1, width))
+
+
+def without_bias_row(rows: tf.Tensor, count: int) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Splits `(n, m)` into its first rows and the one of the bias, `(m,)` (or None)."""
+    if rows.shape[0] == count:
+        return rows, None
+    kernel, bias = tf.split(rows, [count, 1])
+    return kernel, tf.squeeze(bias, axis=0)

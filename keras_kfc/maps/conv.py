@@ -5,6 +5,7 @@ import dataclasses
 import tensorflow as tf
 
 from keras_kfc.linalg.precision import at_least_float32
+from keras_kfc.maps.api import without_bias_row
 from keras_kfc.patches.im2col import extract_patches
 from keras_kfc.patches.moment import patch_second_moment
 
@@ -105,13 +106,10 @@ class Conv2DMap:
 
     def unstack_bias(self, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Splits `(G, n, I / G)` into kernel `(kh, kw, J / G, I)` and bias `(I,)` (or None)."""
-        has_bias = weights.shape[1] > self.kernel_rows
         if self.groups == 1:
             rows = tf.squeeze(weights, axis=0)
         else:
             rows = tf.reshape(tf.transpose(weights, (1, 0, 2)), (-1, self.outputs))
-        kernel = tf.reshape(
-            rows[: self.kernel_rows],
-            (*self.kernel_size, self.inputs // self.groups, self.outputs),
-        )
-        return kernel, rows[self.kernel_rows] if has_bias else None
+        kernel, bias = without_bias_row(rows, self.kernel_rows)
+        shape = (*self.kernel_size, self.inputs // self.groups, self.outputs)
+        return tf.reshape(kernel, shape), bias

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.linalg.products import gram, sum_of_rows
-from keras_kfc.maps.api import pad_and_split_columns
+from keras_kfc.maps.api import pad_and_split_columns, without_bias_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,4 @@ class DenseMap:
 
     def unstack_bias(self, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Splits `(1, n, I)` into kernel `(J, I)` and bias `(I,)` (or None)."""
-        rows = tf.squeeze(weights, axis=0)
-        has_bias = weights.shape[1] > self.inputs
-        return rows[: self.inputs], rows[self.inputs] if has_bias else None
+        return without_bias_row(tf.squeeze(weights, axis=0), self.inputs)

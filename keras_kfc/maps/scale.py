@@ -82,7 +82,7 @@ class ScaleMap:
 
     def unstack_bias(self, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Splits `(G, n, 1)` into scale and shift (or None)."""
-        parts = [tf.reshape(weights[:, row], self.shape) for row in range(weights.shape[1])]
+        parts = [tf.reshape(row, self.shape) for row in tf.unstack(weights, axis=1)]
         return parts[0], parts[1] if len(parts) > 1 else None
 
     def example_gradients(
@@ -94,10 +94,11 @@ class ScaleMap:
         inputs = tf.cast(inputs, derivatives.dtype)
         products = [inputs * derivatives, derivatives] if use_bias else [inputs * derivatives]
         own, positions = self._axes_in(inputs)
+        # Channels in the order of the kernel.
+        order = [0, *(1 + sorted(own).index(axis) for axis in own)]
         sums = []
         for product in products:
-            # Channels in the order of the kernel.
-            part = tf.transpose(product, [0, *own, *positions[1:]])
-            part = tf.reduce_sum(part, axis=list(range(1 + len(own), len(part.shape))))
+            part = tf.reduce_sum(product, axis=positions[1:]) if positions[1:] else product
+            part = part if order == sorted(order) else tf.transpose(part, order)
             sums.append(tf.reshape(part, (-1, self.groups, 1)))
         return tf.stack(sums, axis=2)
