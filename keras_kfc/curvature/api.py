@@ -215,14 +215,13 @@ class Curvature(Protocol):
     def tables(self) -> frozenset[int]:
         """Indices of covered variables whose rows can be preconditioned one by one."""
 
-    def natural_gradient(
-        self,
-        gradients: Mapping[int, tf.Tensor],
-        products: Mapping[int, GradientProduct] | None = None,
-    ) -> dict[int, tf.Tensor]:
-        """`F⁻¹ g`, for every covered variable with a gradient, by index.
+    def natural_gradient(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
+        """`F⁻¹ g`, for every covered variable with a gradient, by index."""
 
-        `products` are those of the gradients that are known as `Aᵀ E`, by index of the kernel.
+    def directions_by_rows(self, products: Mapping[int, GradientProduct]) -> Any:
+        """The same with `g · F⁻¹ g` for gradients that are known as `Aᵀ E`, where that is cheaper.
+
+        A `keras_kfc.curvature.products.DirectionsByRows`; `products` go by index of the kernel.
         """
 
     def direction_of_rows(self, index: int, rows: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout, BlockOfRows, CurvatureBlock
 from keras_kfc.curvature.choice import planned_blocks
-from keras_kfc.curvature.products import directions_by_rows
+from keras_kfc.curvature.products import DirectionsByRows, directions_by_rows
 from keras_kfc.layers.instrumented import layer_of_kernel
 from keras_kfc.linalg.precision import factor_dtype, stacked
 from keras_kfc.linalg.stacks import Invert, invert_stacks
@@ -187,17 +187,20 @@ class BlockDiagonal:
         refresh = STRUCTURES[self.structure_of(block)].refresh([block])
         return refresh.trace / refresh.size
 
-    def natural_gradient(
-        self,
-        gradients: Mapping[int, tf.Tensor],
-        products: Mapping[int, GradientProduct] | None = None,
-    ) -> dict[int, tf.Tensor]:
+    def directions_by_rows(self, products: Mapping[int, GradientProduct]) -> DirectionsByRows:
+        """Preconditions those of the gradients that are products, where that is cheaper.
+
+        Args:
+            products: Gradients that are products of two thin matrices, by index of their kernel.
+        """
+        measured = [block for block in self.blocks if block.kernel_index in self._captured]
+        return directions_by_rows(measured, products)
+
+    def natural_gradient(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
         """Preconditions gradients.
 
         Args:
             gradients: Gradients by index of their variable.
-            products: Those that are known as products of two thin matrices, by index of
-                their kernel.
 
         Returns:
             `F⁻¹ g` for every covered variable with a gradient, by
@@ -208,12 +211,6 @@ class BlockDiagonal:
             ValueError: If a layer was stripped of its block.
         """
         directions: dict[int, tf.Tensor] = {}
-
-        def by_gradient(block: CurvatureBlock) -> tf.Tensor:
-            kernel, bias = self._block_gradients(block, gradients)
-            return block.multiply(block.layout.linear_map.stack_bias(kernel, bias))
-
-        by_rows = directions_by_rows(self.blocks, products, by_gradient) if products else {}
         for block in self.blocks:
             present = [
                 i
@@ -227,8 +224,8 @@ class BlockDiagonal:
                     f"Layer {block.path} was stripped or quantised after the optimizer was built. "
                     "Compile the model again with a new optimizer."
                 )
-            weights = by_rows.get(block.kernel_index)
-            weights = by_gradient(block) if weights is None else weights
+            parts = self._block_gradients(block, gradients)
+            weights = block.multiply(block.layout.linear_map.stack_bias(*parts))
             preconditioned = dict(
                 zip(
                     (block.kernel_index, block.bias_index),

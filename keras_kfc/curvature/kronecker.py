@@ -80,8 +80,10 @@ class KroneckerBlock(AveragedBlock):
         """Products that a whole gradient takes, and those that each row of a product takes."""
         return self.layout.costs()
 
-    def multiply_product(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
-        """`Ω⁻¹ Aᵀ E Γ⁻¹`, `(G, n, m)`, of the rows of a gradient, `(G, R, n)` and `(G, R, m)`."""
+    def multiply_product(
+        self, inputs: tf.Tensor, derivatives: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """`Ω⁻¹ Aᵀ` and `E Γ⁻¹` of the rows of a gradient, `(G, R, n)` and `(G, R, m)`."""
         inverses = (
             tf.convert_to_tensor(self.omega_inverse),
             tf.convert_to_tensor(self.gamma_inverse),

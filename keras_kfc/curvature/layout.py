@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.linalg.damping import BlockShape
+from keras_kfc.linalg.products import matmul
 from keras_kfc.maps.api import LinearMap, input_factor, output_factor, pad_and_split_columns
 from keras_kfc.maps.sharing import reduced_input_factor, reduced_output_factor
 from keras_kfc.utils.texts import inversion_costs_text
@@ -187,15 +188,14 @@ class KroneckerLayout:
             `(G, n, m)`.
         """
         if omega.shape[0] == gamma.shape[0] == 1:
-            # One matrix is multiplied faster than a batch of one.
             omega, joint, gamma = (tf.squeeze(part, axis=0) for part in (omega, joint, gamma))
             return tf.expand_dims(omega @ joint @ gamma, 0)
         return self._times_gamma(self._omega_times(omega, joint), gamma)
 
     def multiply_product(
         self, omega: tf.Tensor, inputs: tf.Tensor, derivatives: tf.Tensor, gamma: tf.Tensor
-    ) -> tf.Tensor:
-        """`omega Aᵀ E gamma` as `(omega Aᵀ) (E gamma)`, `R n + R m + n m` products for each row.
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The two matrices of `omega Aᵀ E gamma = (omega Aᵀ) (E gamma)`.
 
         Args:
             omega: `(G * P, R, R)`.
@@ -204,16 +204,15 @@ class KroneckerLayout:
             gamma: `(G * Q, t, t)`.
 
         Returns:
-            `(G, n, m)`.
+            `(G, n, rows)` and `(G, rows, m)`.
         """
         if omega.shape[0] == gamma.shape[0] == 1:
-            left = tf.matmul(omega[0], inputs[0], transpose_b=True)
-            return tf.expand_dims(left @ (derivatives[0] @ gamma[0]), 0)
+            return matmul(omega, inputs, transpose_b=True), matmul(derivatives, gamma)
         left = self._omega_times(omega, tf.linalg.matrix_transpose(inputs))
-        return left @ self._times_gamma(derivatives, gamma)
+        return left, self._times_gamma(derivatives, gamma)
 
     def costs(self) -> tuple[float, float]:
-        """Products that `multiply` takes, and those of each row in `multiply_product`."""
+        """Products that `multiply` takes, and those of each row by `multiply_product`."""
         groups, rows, columns = self.block_shape
         ours, theirs = self.omega_shape[1], self.gamma_shape[1]
         whole = groups * rows * columns * (ours + theirs)

@@ -1,16 +1,23 @@
 """Preconditioning the rows of a gradient instead of the gradient.
 
-With a gradient `D = Aᵀ E` of R rows, `Ω⁻¹ D Γ⁻¹ = (A Ω⁻¹)ᵀ (E Γ⁻¹)`, exactly. The left side takes
-`n m (n + m)` products, the right side `R (n² + m² + n m)`: less where R is small against n and m,
-as in wide layers at ordinary batch sizes, and in the last stages of convolutional networks.
+With a gradient `D = Aᵀ E` of R rows, `Ω⁻¹ D Γ⁻¹ = L N` with `L = Ω⁻¹ Aᵀ` and `N = E Γ⁻¹`, exactly.
+The left side takes `n m (n + m)` products, the right side `R (n² + m² + n m)`: less where R is
+small against n and m, as in wide layers at ordinary batch sizes, and in the last stages of
+convolutional networks.
+
+Nor does the length of a step need the gradient: `D · Ω⁻¹ D Γ⁻¹ = (A L) · (E Nᵀ)`, of R rows and
+columns. So `D` is not computed at all, since TensorFlow leaves out what nobody asks for: a third
+of the layer's forward and backward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import tensorflow as tf
 
 from keras_kfc.curvature.api import CurvatureBlock
+from keras_kfc.linalg.products import matmul
 from keras_kfc.passes.products import GradientProduct
 
 # Thin matrices are multiplied at fewer products a second, and must be made first.
@@ -28,29 +35,44 @@ class BlockOfProducts(Protocol):
     def costs(self) -> tuple[float, float]:
         """Products that a whole gradient takes, and those that each row of `A` and `E` takes."""
 
-    def multiply_product(self, inputs: tf.Tensor, derivatives: tf.Tensor) -> tf.Tensor:
-        """The damped inverse times `Aᵀ E`, `(G, n, m)`.
+    def multiply_product(
+        self, inputs: tf.Tensor, derivatives: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Two matrices whose product is the damped inverse times `Aᵀ E`.
 
         Args:
             inputs: `A`, `(G, R, n)`.
             derivatives: `E`, `(G, R, m)`.
+
+        Returns:
+            `L`, `(G, n, R)`, and `N`, `(G, R, m)`.
         """
+
+    def multiply(self, weights: tf.Tensor) -> tf.Tensor:
+        """The damped inverse times a matrix of the weights, `(G, n, m)`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectionsByRows:
+    """Preconditioned gradients of some blocks.
+
+    Args:
+        of: Those of kernels and biases, by index of the variable.
+        slopes: Their products with the gradients, by the indices of a block's variables.
+    """
+
+    of: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    slopes: dict[tuple[int, ...], tf.Tensor] = dataclasses.field(default_factory=dict)
 
 
 def directions_by_rows(
-    blocks: Sequence[CurvatureBlock],
-    products: Mapping[int, GradientProduct],
-    by_gradient: Callable[[CurvatureBlock], tf.Tensor],
-) -> dict[int, tf.Tensor]:
+    blocks: Sequence[CurvatureBlock], products: Mapping[int, GradientProduct]
+) -> DirectionsByRows:
     """Preconditioned gradients of the blocks for which rows are cheaper.
 
     Args:
         blocks: The blocks.
         products: What is known of their gradients, by index of the kernel.
-        by_gradient: Preconditions the whole gradient of a block.
-
-    Returns:
-        `(G, n, m)` each, by index of the kernel.
     """
     pairs: list[tuple[Any, GradientProduct]] = [
         (block, products[block.kernel_index])
@@ -60,13 +82,10 @@ def directions_by_rows(
     limits = {block.kernel_index: _most_examples(block, product) for block, product in pairs}
     chosen = [(b, p) for b, p in pairs if limits[b.kernel_index] >= (p.batch_size or _FEWEST)]
     if not chosen:
-        return {}
+        return DirectionsByRows()
 
-    def by_rows() -> list[tf.Tensor]:
-        return [
-            block.multiply_product(*product.rows(block.ema_weight.dtype))
-            for block, product in chosen
-        ]
+    def by_rows() -> list[tuple[tf.Tensor, tf.Tensor]]:
+        return [_by_rows(*pair) for pair in chosen]
 
     if all(product.batch_size is not None for _, product in chosen):
         results = by_rows()
@@ -76,8 +95,29 @@ def directions_by_rows(
         of_example = sum(block.costs()[1] * (p.positions or 0) for block, p in chosen)
         most = int(_CHEAPER * whole / of_example)
         batch = tf.shape(chosen[0][1].use.pre_activation)[0]
-        results = tf.cond(batch <= most, by_rows, lambda: [by_gradient(b) for b, _ in chosen])
-    return {b.kernel_index: result for (b, _), result in zip(chosen, results, strict=True)}
+        results = tf.cond(batch <= most, by_rows, lambda: [_whole(*pair) for pair in chosen])
+    found = DirectionsByRows()
+    for (block, _), (weights, slope) in zip(chosen, results, strict=True):
+        parts = block.layout.linear_map.unstack_bias(weights)
+        indices = [i for i in (block.kernel_index, block.bias_index) if i is not None]
+        found.of.update(zip(indices, parts, strict=False))
+        found.slopes[tuple(indices)] = slope
+    return found
+
+
+def _by_rows(block: Any, product: GradientProduct) -> tuple[tf.Tensor, tf.Tensor]:
+    """The preconditioned gradient, `(G, n, m)`, and its product with the gradient."""
+    inputs, derivatives = product.rows(block.ema_weight.dtype)
+    left, right = block.multiply_product(inputs, derivatives)
+    pairs = matmul(inputs, left) * matmul(derivatives, right, transpose_b=True)
+    return matmul(left, right), tf.reduce_sum(pairs)
+
+
+def _whole(block: Any, product: GradientProduct) -> tuple[tf.Tensor, tf.Tensor]:
+    """The same by the gradient."""
+    gradient = matmul(*product.rows(block.ema_weight.dtype), transpose_a=True)
+    direction = block.multiply(gradient)
+    return direction, tf.reduce_sum(gradient * direction)
 
 
 def _most_examples(block: BlockOfProducts, product: GradientProduct) -> float:

@@ -22,11 +22,14 @@ class Directions:
             those of these rows, `(N, ...)`.
         rows: The rows, by index.
         tables: Indices of the tables, also of those whose gradient is not given by rows.
+        slopes: `g · d` of the variables of some blocks, by their indices, where that is known
+            without the gradient.
     """
 
     of: Mapping[int, tf.Tensor]
     rows: Mapping[int, SummedRows]
     tables: frozenset[int]
+    slopes: Mapping[tuple[int, ...], tf.Tensor] = dataclasses.field(default_factory=dict)
 
     def __contains__(self, index: int) -> bool:
         return index in self.of
@@ -41,9 +44,11 @@ class Directions:
             gradients: The gradients `g` that are not given by rows.
             among: Indices of the variables.
         """
+        known = {index for indices in self.slopes for index in indices}
         parts = [tf.zeros(())]
+        parts += [tf.cast(own, tf.float32) for i, own in self.slopes.items() if i[0] in among]
         for index, direction in self.of.items():
-            if index not in among:
+            if index not in among or index in known:
                 continue
             rows = self.rows.get(index)
             own = gradients[index] if rows is None else rows.of_first_uses(rows.values)
@@ -101,7 +106,8 @@ class Directions:
         shares = tf.where(lengths > longest, tf.math.divide_no_nan(longest, lengths), 1.0)
         share = tf.reduce_min(shares)
         of = {i: tf.cast(share, direction.dtype) * direction for i, direction in self.of.items()}
-        return dataclasses.replace(self, of=of), share < 1
+        slopes = {i: tf.cast(share, slope.dtype) * slope for i, slope in self.slopes.items()}
+        return dataclasses.replace(self, of=of, slopes=slopes), share < 1
 
     def moving_rows(self, index: int) -> tf.Tensor | None:
         """Which rows of a table have a gradient, booleans, where that is given for all rows."""
@@ -125,8 +131,11 @@ def directions_of(
         products: Those of the gradients that are products of two thin matrices.
     """
     tables = curvature.tables
-    directions = curvature.natural_gradient(gradients, products)
+    by_rows = curvature.directions_by_rows(products or {})
+    others = {index: part for index, part in gradients.items() if index not in by_rows.of}
+    found = curvature.natural_gradient(others) | by_rows.of
+    directions = {index: found[index] for index in gradients if index in found}
     for index, part in rows.items():
         if index in tables:
             directions[index] = curvature.direction_of_rows(index, part.values, part.indices)
-    return Directions(directions, rows, tables)
+    return Directions(directions, rows, tables, by_rows.slopes)

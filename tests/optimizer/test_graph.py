@@ -156,3 +156,34 @@ def test_a_step_with_nothing_due_launches_little_more_than_adams():
     (ours, branches), (adams, _) = counts
     assert branches == 3
     assert ours < 1.3 * adams
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_gradient_whose_rows_are_preconditioned_is_not_computed(known):
+    """A wide layer and a narrow one; of the wide one's gradient only the rows are used."""
+
+    def products(optimizer):
+        keras.utils.set_random_seed(1)
+        wide = [keras.Input((300,)), keras.layers.Dense(400, "relu"), keras.layers.Dense(10)]
+        model = keras_kfc.instrument(keras.Sequential(wide))
+        model.compile(optimizer, "mse", jit_compile=False)
+        optimizer.build(model.trainable_variables)
+        examples = 8 if known else None
+        signature = [tf.TensorSpec((examples, size)) for size in (300, 10)]
+        step = tf.function(lambda x, y: model.train_step((x, y)), autograph=False)
+        graph = step.get_concrete_function(*signature).graph
+        # What nobody asks for is in the graph, but does not run.
+        waiting = [*graph.control_outputs, *(tensor.op for tensor in graph.outputs)]
+        runs = {}
+        while waiting:
+            op = waiting.pop()
+            if op.name not in runs:
+                runs[op.name] = op.type
+                waiting += [*op.control_inputs, *(tensor.op for tensor in op.inputs)]
+        kinds = list(runs.values())
+        return kinds.count("MatMul") + kinds.count("BatchMatMulV2")
+
+    # Of the narrow layer two products. Of the wide one five in place of its gradient; where the
+    # size of the batch decides they are in a branch.
+    others = 2 + 5 if known else 2
+    assert products(keras_kfc.KFC(seed=1)) == products(keras.optimizers.SGD()) - 1 + others
