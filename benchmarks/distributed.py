@@ -234,7 +234,7 @@ def extra_seconds(
     shares = shares_of([(count, size, size) for size, count in factors.items()], workers)
     largest = max(sum(n * inverses[size] for n, size, _ in share.shapes) for share in shares)
     averaging = (2 * part * 4 * half / bytes_a_second + wait) / FACTORS_EVERY
-    gathering = part * 4 * half / bytes_a_second + wait
+    gathering = seconds_of_gathering(demand, workers, gbits)
     products = demand["products"] / rate
     # As a sum of vectors that are zero elsewhere, since shares have different lengths.
     directions = 2 * part * 4 * demand["parameters"] / bytes_a_second + wait
@@ -250,6 +250,13 @@ def extra_seconds(
     }
 
 
+def seconds_of_gathering(demand: dict[str, Any], workers: int, gbits: float) -> float:
+    """Seconds in which all workers exchange all inverses."""
+    half = sum(count * size * (size + 1) // 2 for size, count in demand["factors"].items())
+    sent = (workers - 1) / workers * 4 * half
+    return sent / (gbits * 1e9 / 8) + LATENCY * (workers - 1).bit_length()
+
+
 def model_costs() -> dict[str, Any]:
     """The cost model's numbers for all networks, workers and speeds."""
     needed = {name: demands(build) for name, build in networks().items()}
@@ -263,7 +270,18 @@ def model_costs() -> dict[str, Any]:
         for name, demand in needed.items()
     }
     parameters = {name: demand["parameters"] for name, demand in needed.items()}
-    return {"products a second": rate, "parameters": parameters, "extra seconds": costs}
+    gathering = {
+        name: {
+            str(gbits): seconds_of_gathering(demand, 8, gbits) / INVERSES_EVERY for gbits in GBITS
+        }
+        for name, demand in needed.items()
+    }
+    return {
+        "products a second": rate,
+        "parameters": parameters,
+        "extra seconds": costs,
+        "exchange of inverses, 8 workers": gathering,
+    }
 
 
 def main() -> None:

@@ -48,6 +48,10 @@ def show(measured: dict[str, Any], costs: dict[str, Any]) -> None:
             for workers, seconds in by_workers.items():
                 table.add_row(speed, workers, *(f"{seconds[mode]:.3f}" for mode in modes))
         console.print(table)
+    console.print("Of these, the exchange of inverses, 8 workers, ms by Gbit/s:")
+    for name, by_speed in costs["exchange of inverses, 8 workers"].items():
+        parts = (f"{speed}: {1000 * seconds:.3f}" for speed, seconds in by_speed.items())
+        console.print(f"  {name}", ", ".join(parts))
     draw(costs["extra seconds"])
     content = {"machine": describe_machine(), **measured, **costs}
     (OUTPUT / "distributed.json").write_text(json.dumps(content, indent=1) + "\n")
