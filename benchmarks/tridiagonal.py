@@ -165,7 +165,7 @@ def paper(chain: Chain, batches: Any, steps: int, kind: str, damping: float, loo
         for weights, part in zip(chain.weights, change, strict=True):
             weights.assign_add(part)
         if check:
-            # Without the damping, as section 6.5 has it.
+            # The model's value at its minimum, damping included.
             promised = 0.5 * factors_of @ slope
             ratio = (float(chain.loss(x)) - old) / promised
             damping *= CHANGE**5 if ratio > 0.75 else CHANGE**-5 if ratio < 0.25 else 1.0

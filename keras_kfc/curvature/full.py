@@ -151,7 +151,10 @@ class _Stack:
         self.groups = [block.full.shape[0] for block in blocks]
         self.sizes = np.array(self.groups) * self.matrices.shape[1]
         self._block_of_group = np.repeat(np.arange(len(blocks)), self.groups)
-        self.traces = tf.math.segment_sum(tf.linalg.trace(self.matrices), self._block_of_group)
+        # XLA has no kernel for the sum over sorted segments.
+        self.traces = tf.math.unsorted_segment_sum(
+            tf.linalg.trace(self.matrices), self._block_of_group, len(blocks)
+        )
 
     def shifts(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> tf.Tensor:
         """What to add to the diagonals, `(Σ G,)`.

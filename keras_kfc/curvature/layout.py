@@ -216,7 +216,7 @@ class KroneckerLayout:
         groups, rows, columns = self.block_shape
         ours, theirs = self.omega_shape[1], self.gamma_shape[1]
         whole = groups * rows * columns * (ours + theirs)
-        return float(whole), float(groups * (rows * ours + columns * theirs + rows * columns))
+        return float(whole), float(groups * (rows * ours + columns * theirs))
 
     def _omega_times(self, omega: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
         """`omega` times a matrix, `(G, n, k)`."""

@@ -6,11 +6,13 @@ small against n and m, as in wide layers at ordinary batch sizes, and in the las
 convolutional networks.
 
 Nor does the length of a step need the gradient: `D · Ω⁻¹ D Γ⁻¹ = (A L) · (E Nᵀ)`, of R rows and
-columns. So `D` is not computed at all, since TensorFlow leaves out what nobody asks for: a third
-of the layer's forward and backward pass.
+columns, which take `R² (n + m)`. So `D` is not computed, a third of the layer's forward and
+backward pass, unless somebody else asks for it, such as a monitor: TensorFlow leaves out what
+nobody does.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,7 +35,7 @@ class BlockOfProducts(Protocol):
     """A block that can precondition the two matrices of a gradient `Aᵀ E`."""
 
     def costs(self) -> tuple[float, float]:
-        """Products that a whole gradient takes, and those that each row of `A` and `E` takes."""
+        """Products that the inverses take by a whole gradient, and by each row of `A` and `E`."""
 
     def multiply_product(
         self, inputs: tf.Tensor, derivatives: tf.Tensor
@@ -79,8 +81,7 @@ def directions_by_rows(
         for block in blocks
         if isinstance(block, BlockOfProducts) and block.kernel_index in products
     ]
-    limits = {block.kernel_index: _most_examples(block, product) for block, product in pairs}
-    chosen = [(b, p) for b, p in pairs if limits[b.kernel_index] >= (p.batch_size or _FEWEST)]
+    chosen = [pair for pair in pairs if _is_worth_it(*pair)]
     if not chosen:
         return DirectionsByRows()
 
@@ -91,9 +92,7 @@ def directions_by_rows(
         results = by_rows()
     else:
         # One branch for all: what they take together decides.
-        whole = sum(block.costs()[0] for block, _ in chosen)
-        of_example = sum(block.costs()[1] * (p.positions or 0) for block, p in chosen)
-        most = int(_CHEAPER * whole / of_example)
+        most = int(_most_examples(chosen))
         batch = tf.shape(chosen[0][1].use.pre_activation)[0]
         results = tf.cond(batch <= most, by_rows, lambda: [_whole(*pair) for pair in chosen])
     found = DirectionsByRows()
@@ -115,14 +114,34 @@ def _by_rows(block: Any, product: GradientProduct) -> tuple[tf.Tensor, tf.Tensor
 
 def _whole(block: Any, product: GradientProduct) -> tuple[tf.Tensor, tf.Tensor]:
     """The same by the gradient."""
-    gradient = matmul(*product.rows(block.ema_weight.dtype), transpose_a=True)
+    dtype = block.ema_weight.dtype
+    if product.positions == 1:
+        gradient = matmul(*product.rows(dtype), transpose_a=True)
+    else:
+        # Patches of a large batch would be larger than all else.
+        parts = [tf.cast(part, dtype) for part in product.gradients]
+        gradient = block.layout.linear_map.stack_bias(parts[0], *(parts[1:] or [None]))
     direction = block.multiply(gradient)
     return direction, tf.reduce_sum(gradient * direction)
 
 
-def _most_examples(block: BlockOfProducts, product: GradientProduct) -> float:
-    """Number of examples up to which rows are cheaper."""
-    whole, of_row = block.costs()
-    if product.positions is None or whole < _WORTH:
-        return 0.0
-    return _CHEAPER * whole / (of_row * product.positions)
+def _is_worth_it(block: BlockOfProducts, product: GradientProduct) -> bool:
+    """Whether rows are cheaper, for the size of the batch or for few examples where unknown."""
+    if product.positions is None or block.costs()[0] < _WORTH:
+        return False
+    return _most_examples([(block, product)]) >= (product.batch_size or _FEWEST)
+
+
+def _most_examples(pairs: Sequence[tuple[Any, GradientProduct]]) -> float:
+    """Number of examples up to which the rows of some blocks are cheaper.
+
+    Either way takes `R n m` for a product of `A` and `E` or of what became of them.
+    """
+    whole = of_example = of_pair = 0.0
+    for block, product in pairs:
+        positions, (groups, rows, columns) = product.positions or 0, block.layout.block_shape
+        whole += _CHEAPER * block.costs()[0]
+        of_example += positions * block.costs()[1]
+        of_pair += positions**2 * groups * (rows + columns)
+    # Where `of_pair x² + of_example x` is `whole`.
+    return 2 * whole / (of_example + math.sqrt(of_example**2 + 4 * of_pair * whole))

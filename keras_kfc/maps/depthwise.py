@@ -5,6 +5,7 @@ import functools
 
 import tensorflow as tf
 
+from keras_kfc._compat.tensorflow_internals import compiled_by_xla
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.maps.column import MapOfColumn
 from keras_kfc.maps.conv import Conv2DMap
@@ -97,8 +98,9 @@ class DepthwiseConv2DMap:
         images, derivatives = at_least_float32(inputs), at_least_float32(derivatives)
         if self.data_format == "channels_first":
             images, derivatives = (tf.transpose(x, (0, 2, 3, 1)) for x in (images, derivatives))
-        # What TensorFlow has no kernels for on a processor.
+        # What TensorFlow has no kernels for on a processor; XLA makes a dense convolution of it.
         alone = self.strides[0] != self.strides[1] or max(self.dilation_rate) > 1
+        alone = alone or compiled_by_xla()
         kernel = (self._by_position if alone else self._by_example)(images, derivatives)
         if use_bias:
             total = tf.reduce_sum(derivatives, axis=(1, 2))

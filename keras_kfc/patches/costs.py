@@ -3,7 +3,8 @@
 An estimate of time on a CPU from static sizes: products at the speed that
 matrices of their width reach, copies, the price of starting an operation, and a share of what
 it takes to trace and optimise the graph, which is done once in a training.
-The constants were fitted to `python -m benchmarks.patches`; only ratios matter.
+The constants were fitted to `python -m benchmarks.patches` and to times of traces; only ratios
+matter.
 On other hardware the same forms are exact, if not always the fastest.
 """
 

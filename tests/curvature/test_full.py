@@ -100,3 +100,29 @@ def test_too_many_weights_in_a_group_are_refused_by_name():
     optimizer = keras_kfc.KFC(structure="full")
     with pytest.raises(ValueError, match=r"`structure` must not be 'full'.*2460 weights"):
         optimizer.build(model.trainable_variables)
+
+
+@pytest.mark.slow
+def test_whole_blocks_train_under_xla_as_without():
+    """Those of normalisations and of depthwise convolutions, whose operations XLA has to know."""
+
+    def weights(jit_compile):
+        keras.utils.set_random_seed(1)
+        stack = [
+            keras.Input((6, 6, 3)),
+            layers.DepthwiseConv2D(3),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.LayerNormalization(),
+            layers.Dense(2, activation="softmax"),
+        ]
+        model = keras_kfc.instrument(keras.Sequential(stack))
+        optimizer = keras_kfc.KFC(seed=1, fisher="exact")
+        model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=jit_compile)
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(8, 6, 6, 3)).astype("float32"), rng.integers(0, 2, 8)
+        for _ in range(3):
+            model.train_on_batch(x, y)
+        return np.concatenate([w.ravel() for w in model.get_weights()])
+
+    np.testing.assert_allclose(weights(True), weights(False), rtol=1e-3, atol=1e-4)

@@ -22,8 +22,9 @@ class Block:
     layout: Any
     omega: np.ndarray
     gamma: np.ndarray
+    bias_index: int | None
     ema_weight = tf.zeros((), tf.float64)
-    kernel_index, bias_index = 3, 4
+    kernel_index = 3
 
     def costs(self):
         return 1e9, 1.0
@@ -41,8 +42,9 @@ class Product:
 
     inputs: np.ndarray
     derivatives: np.ndarray
-    batch_size: int | None = ROWS
-    positions = 1
+    gradients: tuple[Any, ...]
+    batch_size: int | None
+    positions: int
 
     @property
     def use(self):
@@ -57,20 +59,40 @@ class Product:
 
 
 MAPS = {
-    "dense": (DenseMap(9, 4), None),
-    "cut": (DenseMap(9, 4), 4),
-    "groups": (Conv2DMap((1, 1), 4, 6, groups=2), None),
+    "dense": (DenseMap(9, 4), True, None),
+    "without a bias": (DenseMap(9, 4), False, None),
+    "cut": (DenseMap(9, 4), True, 4),
+    "groups": (Conv2DMap((1, 1), 4, 6, groups=2), True, None),
 }
 
 
-@pytest.mark.parametrize("batch_size", [ROWS, None], ids=["known", "unknown"])
-@pytest.mark.parametrize("most", [1e3, 1e-9], ids=["rows", "whole"])
+@pytest.mark.parametrize(
+    ("batch_size", "most", "positions", "way"),
+    [
+        (ROWS, 1e9, 1, "_by_rows"),
+        (None, 1e9, 1, "_by_rows"),
+        (None, 1.0, 1, "_whole"),
+        (None, 1.0, 2, "_whole"),
+        (ROWS, 1.0, 1, None),
+    ],
+)
 @pytest.mark.parametrize("name", MAPS)
-def test_directions_and_slopes_are_those_of_the_gradient(monkeypatch, name, most, batch_size):
-    linear_map, max_dim = MAPS[name]
-    monkeypatch.setattr(products, "_most_examples", lambda *_: 1e9)
-    monkeypatch.setattr(products, "_CHEAPER", most / 1e3)
-    layout = layout_of(linear_map, True, max_dim)
+def test_directions_and_slopes_are_those_of_the_gradient(
+    monkeypatch, name, batch_size, most, positions, way
+):
+    linear_map, use_bias, max_dim = MAPS[name]
+    taken = []
+    for function in ("_by_rows", "_whole"):
+        own = getattr(products, function)
+
+        def noted(*pair, own=own, function=function):
+            taken.append(function)
+            return own(*pair)
+
+        monkeypatch.setattr(products, function, noted)
+    monkeypatch.setattr(products, "_most_examples", lambda _: most)
+    monkeypatch.setattr(products, "_FEWEST", 1)
+    layout = layout_of(linear_map, use_bias, max_dim)
     rng = np.random.default_rng(0)
     omega, gamma = rng.normal(size=layout.omega_shape), rng.normal(size=layout.gamma_shape)
     omega, gamma = (part @ part.transpose(0, 2, 1) for part in (omega, gamma))
@@ -78,12 +100,41 @@ def test_directions_and_slopes_are_those_of_the_gradient(monkeypatch, name, most
     inputs = rng.normal(size=(groups, ROWS, rows))
     derivatives = rng.normal(size=(groups, ROWS, columns))
     gradient = inputs.transpose(0, 2, 1) @ derivatives
+    apart = linear_map.unstack_bias(tf.constant(gradient))
+    parts = tuple(part for part in apart if part is not None)
+    block = Block(layout, omega, gamma, 4 if use_bias else None)
+    product = Product(inputs, derivatives, parts, batch_size, positions)
+    found = products.directions_by_rows([block], {3: product})
+    assert taken == ([] if way is None else [way])
+    if way is None:
+        assert not found.of and not found.slopes
+        return
     wanted = layout.multiply(tf.constant(omega), tf.constant(gradient), tf.constant(gamma))
-    found = products.directions_by_rows(
-        [Block(layout, omega, gamma)], {3: Product(inputs, derivatives, batch_size)}
-    )
-    for index, part in zip((3, 4), linear_map.unstack_bias(wanted), strict=True):
+    indices = (3, 4) if use_bias else (3,)
+    for index, part in zip(indices, linear_map.unstack_bias(wanted), strict=False):
         np.testing.assert_allclose(found.of[index], part, rtol=1e-10)
-    (slope,) = found.slopes.values()
-    assert list(found.slopes) == [(3, 4)]
-    np.testing.assert_allclose(slope, np.sum(gradient * wanted), rtol=1e-10)
+    assert list(found.slopes) == [indices] and set(found.of) == set(indices)
+    np.testing.assert_allclose(found.slopes[indices], np.sum(gradient * wanted), rtol=1e-10)
+
+
+def test_rows_are_taken_up_to_the_batch_at_which_they_cost_as_much():
+    """Products counted one by one, of two layers together."""
+    layouts = [layout_of(DenseMap(300, 200), True, None), layout_of(DenseMap(40, 700), True, 300)]
+    pairs = []
+    for layout, positions in zip(layouts, (1, 3), strict=True):
+        inverses = (np.zeros(layout.omega_shape), np.zeros(layout.gamma_shape))
+        block = Block(layout, *inverses, 4)
+        block.costs = layout.costs
+        pairs.append((block, Product(*inverses, (), None, positions)))
+
+    def excess(examples):
+        total = 0.0
+        for layout, positions in zip(layouts, (1, 3), strict=True):
+            r, (_, n, m) = examples * positions, layout.block_shape
+            c, t = layout.omega_shape[1], layout.gamma_shape[1]
+            by_rows = r * (n * c + m * t) + r * r * (n + m)
+            total += by_rows - products._CHEAPER * n * m * (c + t)
+        return total
+
+    most = products._most_examples(pairs)
+    assert excess(0.999 * most) < 0 < excess(1.001 * most)

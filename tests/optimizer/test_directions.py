@@ -19,6 +19,22 @@ def test_mean_squares_are_over_all_variables_of_a_block():
     np.testing.assert_allclose(found, [first, 0, 0, np.mean(other**2)], rtol=1e-6)
 
 
+def test_slopes_that_are_known_take_the_place_of_gradients():
+    rng = np.random.default_rng(0)
+    parts = {i: tf.constant(rng.normal(size=(3,))) for i in range(4)}
+    gradients = {i: tf.constant(rng.normal(size=(3,))) for i in range(4)}
+    slopes = {(0, 1): tf.constant(7.0), (2,): tf.constant(11.0)}
+    directions = Directions(parts, {}, frozenset(), slopes)
+    other = float(tf.tensordot(parts[3], gradients[3], 1))
+    np.testing.assert_allclose(directions.slope(gradients, {0, 1, 2, 3}), 18 + other, rtol=1e-6)
+    np.testing.assert_allclose(directions.slope(gradients, {0, 1, 3}), 7 + other, rtol=1e-6)
+    half, cut = directions.shortened(
+        0.5 * tf.cast(tf.sqrt(tf.reduce_mean(tf.square(parts[3]))), tf.float32), [[3]]
+    )
+    assert cut
+    np.testing.assert_allclose(half.slope(gradients, {0, 1, 2}), 9, rtol=1e-6)
+
+
 def test_rules_are_told_the_slope_of_tables_apart():
     """A head of zeros hands no derivative on to the table, so that its slope is 0."""
     keras.utils.set_random_seed(1)

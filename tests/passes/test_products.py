@@ -103,7 +103,7 @@ def fitted(monkeypatch, rows, batch_size=16, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr(by_rows, "_WORTH", 0.0 if rows else np.inf)
-        patch.setattr(by_rows, "_CHEAPER", 1e3)
+        patch.setattr(by_rows, "_CHEAPER", 1e9)
         block = keras_kfc.curvature.kronecker.KroneckerBlock
         patch.setattr(block, "multiply_product", counted)
         keras.utils.set_random_seed(5)
@@ -151,9 +151,12 @@ def test_rows_are_taken_where_they_are_cheaper():
     wide, convolution = optimizer.blocks
 
     class Product:
-        def __init__(self, positions):
-            self.positions = positions
+        def __init__(self, positions, batch_size=None):
+            self.positions, self.batch_size = positions, batch_size
 
-    assert 32 < by_rows._most_examples(wide, Product(1)) < 4096
-    assert by_rows._most_examples(convolution, Product(24 * 24)) < 1
-    assert by_rows._most_examples(wide, Product(None)) == 0
+    assert 32 < by_rows._most_examples([(wide, Product(1))]) < 4096
+    assert by_rows._most_examples([(convolution, Product(24 * 24))]) < 1
+    assert by_rows._is_worth_it(wide, Product(1)) and by_rows._is_worth_it(wide, Product(1, 32))
+    assert not by_rows._is_worth_it(wide, Product(1, 4096))
+    assert not by_rows._is_worth_it(convolution, Product(24 * 24))
+    assert not by_rows._is_worth_it(wide, Product(None))
