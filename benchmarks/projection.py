@@ -14,7 +14,7 @@ import numpy as np
 
 import keras_kfc
 from benchmarks import curves
-from benchmarks.distributed import FACTORS_EVERY, GBITS, LATENCY, demands
+from benchmarks.cost_model import FACTORS_EVERY, GBITS, LATENCY, demands
 from benchmarks.runs import Trainer, optimizer_of
 from benchmarks.tasks import Task
 from keras_kfc.optimizer.schedule import is_update_step

@@ -156,3 +156,11 @@ def relative_error(actual, expected):
     """Frobenius norm of the difference over that of the expected value."""
     actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-300)
+
+
+@pytest.fixture
+def float64():
+    """New layers are of float64."""
+    keras.config.set_floatx("float64")
+    yield
+    keras.config.set_floatx("float32")

@@ -8,6 +8,7 @@ folder with a class that `@structure("name")` registers.
 Shapes: a layer's weights with bias are one matrix `(G, n, m)` as in `keras_kfc.maps.api`.
 """
 
+import dataclasses
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -186,6 +187,19 @@ class Structure(Protocol):
         """Prepares new inverses for all blocks of this structure, at least one."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DirectionsByRows:
+    """Preconditioned gradients of some blocks.
+
+    Args:
+        of: Those of kernels and biases, by index of the variable.
+        slopes: Their products with the gradients, by the indices of a block's variables.
+    """
+
+    of: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    slopes: dict[tuple[int, ...], tf.Tensor] = dataclasses.field(default_factory=dict)
+
+
 class Curvature(Protocol):
     """What the optimizer holds: an approximate Fisher matrix of the whole network."""
 
@@ -218,10 +232,10 @@ class Curvature(Protocol):
     def natural_gradient(self, gradients: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
         """`F⁻¹ g`, for every covered variable with a gradient, by index."""
 
-    def directions_by_rows(self, products: Mapping[int, GradientProduct]) -> Any:
+    def directions_by_rows(self, products: Mapping[int, GradientProduct]) -> DirectionsByRows:
         """The same with `g · F⁻¹ g` for gradients that are known as `Aᵀ E`, where that is cheaper.
 
-        A `keras_kfc.curvature.products.DirectionsByRows`; `products` go by index of the kernel.
+        `products` go by index of the kernel.
         """
 
     def direction_of_rows(self, index: int, rows: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:

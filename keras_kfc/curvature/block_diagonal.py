@@ -7,9 +7,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfc.curvature.api import STRUCTURES, BlockLayout, BlockOfRows, CurvatureBlock
+from keras_kfc.curvature.api import (
+    STRUCTURES,
+    BlockLayout,
+    BlockOfRows,
+    CurvatureBlock,
+    DirectionsByRows,
+)
 from keras_kfc.curvature.choice import planned_blocks
-from keras_kfc.curvature.products import DirectionsByRows, directions_by_rows
+from keras_kfc.curvature.products import directions_by_rows
 from keras_kfc.layers.instrumented import layer_of_kernel
 from keras_kfc.linalg.precision import factor_dtype, stacked
 from keras_kfc.linalg.stacks import Invert, invert_stacks

@@ -77,7 +77,7 @@ class KroneckerBlock(AveragedBlock):
         return self.layout.multiply(inverses[0], weights, inverses[1])
 
     def costs(self) -> tuple[float, float]:
-        """Products that a whole gradient takes, and those that each row of a product takes."""
+        """Products that the inverses take by a whole gradient, and by each row of a product."""
         return self.layout.costs()
 
     def multiply_product(

@@ -11,14 +11,13 @@ backward pass, unless somebody else asks for it, such as a monitor: TensorFlow l
 nobody does.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import tensorflow as tf
 
-from keras_kfc.curvature.api import CurvatureBlock
+from keras_kfc.curvature.api import CurvatureBlock, DirectionsByRows
 from keras_kfc.linalg.products import matmul
 from keras_kfc.passes.products import GradientProduct
 
@@ -52,19 +51,6 @@ class BlockOfProducts(Protocol):
 
     def multiply(self, weights: tf.Tensor) -> tf.Tensor:
         """The damped inverse times a matrix of the weights, `(G, n, m)`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DirectionsByRows:
-    """Preconditioned gradients of some blocks.
-
-    Args:
-        of: Those of kernels and biases, by index of the variable.
-        slopes: Their products with the gradients, by the indices of a block's variables.
-    """
-
-    of: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
-    slopes: dict[tuple[int, ...], tf.Tensor] = dataclasses.field(default_factory=dict)
 
 
 def directions_by_rows(

@@ -9,7 +9,6 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-from helpers import few
 
 import keras_kfc
 from conftest import relative_error
@@ -55,18 +54,9 @@ def their_block(name: str, setting: str, number: int) -> np.ndarray:
     return STORED[f"{name}/{setting}"][np.ix_(order, order)]
 
 
-@pytest.fixture
-def float64():
-    keras.config.set_floatx("float64")
-    yield
-    keras.config.set_floatx("float32")
-
-
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(
-    ("name", "setting"),
-    few([(n, s) for n in ("conv", "sequence") for s in ("expand", "reduce")], 4),
-)
+@pytest.mark.parametrize("setting", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["conv", "sequence"])
 def test_blocks_are_those_of_curvlinops(name, setting):
     model = network(name)
     optimizer = keras_kfc.KFC(0.0, fisher="exact", weight_sharing=setting)

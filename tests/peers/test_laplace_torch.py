@@ -26,13 +26,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def float64():
-    keras.config.set_floatx("float64")
-    yield
-    keras.config.set_floatx("float32")
-
-
 def posterior_of(likelihood: str, subset: str, structure: str) -> keras_kfc.LaplacePosterior:
     """Ours for the stored weights and data."""
     kernels = [STORED[f"{likelihood}/{number}.weight"].T for number in (0, 2)]
