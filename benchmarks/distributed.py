@@ -16,14 +16,18 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
 
-SIZES = ((4, 64), (4, 128), (3, 256), (4, 512), (2, 1024))
+# Numbers of factors and their rows.
+SIZES = {
+    "64 to 1,024 rows": ((4, 64), (4, 128), (3, 256), (4, 512), (2, 1024)),
+    "256 to 2,048 rows": ((4, 256), (4, 512), (2, 1024), (2, 2048)),
+}
 
 
 def work() -> None:
@@ -32,8 +36,8 @@ def work() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     # First, while nothing else is there that could run.
-    renewal = _renewal(strategy)
-    print(json.dumps({"renewal": renewal, "steps": _exchanges(strategy)}))
+    renewals = {name: _renewal(strategy, sizes) for name, sizes in SIZES.items()}
+    print(json.dumps({"renewals": renewals, "steps": _exchanges(strategy)}))
 
 
 def _exchanges(strategy: Any) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def _collectives(operations: Any) -> list[list[Any]]:
     ]
 
 
-def _renewal(strategy: Any) -> dict[str, float]:
+def _renewal(strategy: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, float]:
     """Median seconds in which all have all inverses."""
     import numpy as np
 
@@ -104,7 +108,7 @@ def _renewal(strategy: Any) -> dict[str, float]:
 
     rng = np.random.default_rng(0)
     stacks = []
-    for count, size in SIZES:
+    for count, size in sizes:
         rows = rng.normal(size=(count, size, 2 * size)).astype("float32")
         stacks.append(tf.Variable(rows @ rows.transpose(0, 2, 1) / size))
     with strategy.scope():

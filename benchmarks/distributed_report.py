@@ -31,12 +31,12 @@ def show(measured: dict[str, Any], costs: dict[str, Any]) -> None:
         due = sum(own["when due"].values())
         table.add_row(name, f"{own['parameters']:,}", every, sent, str(due))
     console.print(table)
-    renewal = measured["renewal"]
-    ratio = renewal["inverses"] / renewal["none"]
-    console.print(
-        f"A renewal: {renewal['none']:.3f} s where each inverts all, "
-        f"{renewal['inverses']:.3f} s shared by two, {ratio:.2f} times"
-    )
+    for name, renewal in measured["renewals"].items():
+        ratio = renewal["inverses"] / renewal["none"]
+        console.print(
+            f"A renewal, factors of {name}: {renewal['none']:.3f} s where each inverts all, "
+            f"{renewal['inverses']:.3f} s shared by two, {ratio:.2f} times"
+        )
     for name, by_speed in costs["extra seconds"].items():
         table = Table(title=f"{name}: mean seconds of a step beyond one of Adam")
         for heading in ("Gbit/s", "workers"):

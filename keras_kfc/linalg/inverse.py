@@ -71,8 +71,7 @@ def _damped_inverse(
         damped = tf.linalg.set_diag(tf.where(usable, matrix, 0.0), diagonal) / scale
 
         def by_cholesky() -> tf.Tensor:
-            root = inverse_root(damped, halvings)
-            return tf.matmul(root, root, transpose_a=True)
+            return _gram(inverse_root(damped, halvings), min(max(halvings - 1, 0), 2))
 
         def by_lu() -> tf.Tensor:
             inverse = tf.linalg.inv(damped)
@@ -87,6 +86,25 @@ def _damped_inverse(
 
     signature = [tf.TensorSpec((count, size, size), dtype), tf.TensorSpec((count,), dtype)]
     return tf.function(invert, input_signature=signature, autograph=False)
+
+
+def _gram(root: tf.Tensor, halvings: int) -> tf.Tensor:
+    """`Wᵀ W` for lower triangular `W`, `(G, n, n)`, without the products of its zeros.
+
+    With `W = [[U, 0], [C, V]]` it is `[[Uᵀ U + Cᵀ C, Cᵀ V], [Vᵀ C, Vᵀ V]]`: half of the
+    multiplications with one halving, three eighths with two, and a third at most.
+    """
+    if not halvings:
+        return tf.matmul(root, root, transpose_a=True)
+    half = (tf.shape(root)[-1] if root.shape[-1] is None else root.shape[-1]) // 2
+    first = tf.slice(root, (0, 0, 0), (-1, half, half))
+    below = tf.slice(root, (0, half, 0), (-1, -1, half))
+    second = tf.slice(root, (0, half, half), (-1, -1, -1))
+    upper = _gram(first, halvings - 1) + tf.matmul(below, below, transpose_a=True)
+    corner = tf.matmul(second, below, transpose_a=True)
+    lower = tf.concat((corner, _gram(second, halvings - 1)), axis=2)
+    upper = tf.concat((upper, tf.linalg.matrix_transpose(corner)), axis=2)
+    return tf.concat((upper, lower), axis=1)
 
 
 def _halvings(size: int, largest: int) -> int:

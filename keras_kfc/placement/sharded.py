@@ -4,10 +4,10 @@ The time of a renewal is then that of the largest share and of the exchange, of 
 symmetric matrix. Which matrix is whose follows from their sizes alone, so that nobody has to ask.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from keras_kfc.placement.api import Placement
@@ -24,11 +24,11 @@ class Share:
     """What one replica inverts.
 
     Args:
-        members: For each stack the numbers of its matrices.
-        shapes: Of these parts of the stacks.
+        starts: For each stack the number of its first matrix that is inverted here.
+        shapes: Of the parts of the stacks, some of them of no matrix.
     """
 
-    members: Sequence[Sequence[int]]
+    starts: Sequence[int]
     shapes: Sequence[tuple[int, int, int]]
 
     @property
@@ -44,15 +44,17 @@ def shares_of(shapes: Sequence[tuple[int, int, int]], replicas: int) -> list[Sha
         shapes: Shapes of the stacks, each `(G, n, n)`.
         replicas: Number of replicas.
     """
-    matrices = [(i, j) for i, (count, _, _) in enumerate(shapes) for j in range(count)]
-    costs = [float(shapes[stack][1]) ** 3 for stack, _ in matrices]
+    matrices = [stack for stack, (count, _, _) in enumerate(shapes) for _ in range(count)]
+    costs = [float(shapes[stack][1]) ** 3 for stack in matrices]
     shares = []
+    starts = [0] * len(shapes)
     for own in evenly(costs, replicas):
-        members: list[list[int]] = [[] for _ in shapes]
-        for stack, number in (matrices[place] for place in own):
-            members[stack].append(number)
-        sizes = [(len(part), *shape[1:]) for part, shape in zip(members, shapes, strict=True)]
-        shares.append(Share(members, sizes))
+        # Which matrices of a stack are whose makes no difference: those of one replica follow one
+        # another, so that nothing has to be sorted.
+        counts = collections.Counter(matrices[place] for place in own)
+        parts = [(counts[stack], *shape[1:]) for stack, shape in enumerate(shapes)]
+        shares.append(Share(tuple(starts), parts))
+        starts = [start + part[0] for start, part in zip(starts, parts, strict=True)]
     return shares
 
 
@@ -114,11 +116,15 @@ def _spread_one_dtype(
     parts = []
     for replica, device in zip(placement.numbers, placement.devices, strict=True):
         share = shares[replica]
-        used = [stack for stack, members in enumerate(share.members) if members]
+        used = [stack for stack, (count, _, _) in enumerate(share.shapes) if count]
+        places = {
+            stack: slice(share.starts[stack], share.starts[stack] + share.shapes[stack][0])
+            for stack in used
+        }
         with tf.device(device):
             found = invert(
-                [tf.gather(stacks[stack], share.members[stack]) for stack in used],
-                [tf.gather(shifts[stack], share.members[stack]) for stack in used],
+                [stacks[stack][places[stack]] for stack in used],
+                [shifts[stack][places[stack]] for stack in used],
             )
             row = tf.zeros((0,), stacks[0].dtype)
             if used:
@@ -129,9 +135,4 @@ def _spread_one_dtype(
         unpack(row[: share.length], share.shapes, [True] * len(shapes))
         for row, share in zip(rows, shares, strict=True)
     ]
-    inverses = []
-    for stack in range(len(shapes)):
-        order = np.argsort([number for share in shares for number in share.members[stack]])
-        whole = tf.concat([found[stack] for found in of_replicas], axis=0)
-        inverses.append(tf.gather(whole, order))
-    return inverses
+    return [tf.concat(parts_of_one, axis=0) for parts_of_one in zip(*of_replicas, strict=True)]
