@@ -179,6 +179,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.deep", description=__doc__)
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
+    parser.add_argument("--batches", type=int, nargs="+", help="other batch sizes")
     parser.add_argument("--periods", type=int, default=2, help="of 20 steps each")
     parser.add_argument("--operations", action="store_true", help="count nodes of the graphs")
     parser.add_argument("--kfc", default=OPTIMIZERS[0], help="the call of the optimizer")
@@ -190,7 +191,7 @@ def main() -> None:
         return
     rows = []
     for net in arguments.nets:
-        for batch in NETS[net][1]:
+        for batch in arguments.batches or NETS[net][1]:
             row = measure(net, batch, arguments.periods, arguments.operations, arguments.kfc)
             rows.append(row)
             print(

@@ -83,14 +83,14 @@ class CurvatureBlock(Protocol):
     def measured(self) -> BlockLayout:
         """What to measure of a batch now: the layout, or one with what the block has learnt."""
 
-    def update(
-        self,
-        moments: Sequence[tf.Tensor],
-        examples: tf.Tensor,
-        decay: tf.Tensor,
-        batch_is_finite: tf.Tensor,
-    ) -> tf.Tensor:
-        """Moves the averages towards the moments of a batch; returns whether it was refused."""
+    def move(self, moments: Sequence[tf.Tensor], rate: tf.Tensor, weight: tf.Tensor) -> None:
+        """Moves the averages towards the moments of a batch.
+
+        Args:
+            moments: A tensor for each factor.
+            rate: Part of the way, a scalar; 0 where the batch does not count.
+            weight: What `ema_weight` becomes.
+        """
 
     @property
     def averages(self) -> WeightedVariables:
@@ -134,7 +134,7 @@ class Refresh(Protocol):
 
     def run(
         self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
-    ) -> list[tf.Tensor]:
+    ) -> tf.Tensor:
         """Computes and stores the inverses.
 
         Args:
@@ -145,7 +145,7 @@ class Refresh(Protocol):
             invert: What inverts stacks of matrices.
 
         Returns:
-            For each block whether its new inverses were refused as not finite.
+            Whether the new inverses of each block were refused as not finite, `(blocks,)`.
         """
 
 

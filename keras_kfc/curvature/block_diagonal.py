@@ -14,9 +14,11 @@ from keras_kfc.curvature.api import (
     CurvatureBlock,
     DirectionsByRows,
 )
+from keras_kfc.curvature.averaging import move_averages
 from keras_kfc.curvature.choice import planned_blocks
 from keras_kfc.curvature.products import directions_by_rows
 from keras_kfc.layers.instrumented import layer_of_kernel
+from keras_kfc.linalg.damping import concat
 from keras_kfc.linalg.precision import factor_dtype, stacked
 from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.passes.capture import Capture
@@ -130,10 +132,9 @@ class BlockDiagonal:
         Returns:
             Number of blocks that refused their moments as not finite.
         """
-        refused = [
-            self._block_of_kernel[key].update(moments, examples, decay, statistics.batch_is_finite)
-            for key, moments in statistics.moments.items()
-        ]
+        blocks = [self._block_of_kernel[key] for key in statistics.moments]
+        moments = list(statistics.moments.values())
+        refused = move_averages(blocks, moments, examples, decay, statistics.batch_is_finite)
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
     def average_over_replicas(self, placement: Placement) -> None:
@@ -183,9 +184,7 @@ class BlockDiagonal:
             traces = [tf.cast(refresh.trace, dtype) for refresh in refreshes]
             size = sum(refresh.size for refresh in refreshes)
             network_mean = tf.reduce_sum(tf.stack(traces)) / size
-        refused = [
-            part for refresh in refreshes for part in refresh.run(damping, network_mean, invert)
-        ]
+        refused = concat([one.run(damping, network_mean, invert) for one in refreshes])
         return tf.reduce_sum(tf.cast(refused, tf.int32))
 
     def mean_eigenvalue(self, block: CurvatureBlock) -> tf.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
-from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.averaging import AveragedBlock, store_inverses
 from keras_kfc.curvature.eigenform import Eigenform
 from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
 from keras_kfc.linalg.precision import resolution
@@ -136,13 +136,14 @@ class DiagonalRefresh:
 
     def run(
         self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
-    ) -> list[tf.Tensor]:
+    ) -> tf.Tensor:
         """Inverts all diagonals; those of a group share the damping."""
         del invert
-        return [
-            block.store_inverses([damped_inverse_of_diagonal(diagonal, damping, network_mean)])
-            for block, diagonal in zip(self._blocks, self._diagonals, strict=True)
+        inverses = [
+            [damped_inverse_of_diagonal(diagonal, damping, network_mean)]
+            for diagonal in self._diagonals
         ]
+        return store_inverses(self._blocks, inverses)
 
 
 def damped_inverse_of_diagonal(

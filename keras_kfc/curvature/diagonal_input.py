@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
-from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.averaging import AveragedBlock, store_inverses
 from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.curvature.shared import TableStructure
 from keras_kfc.linalg.damping import block_damping
@@ -148,14 +148,13 @@ class DiagonalInputRefresh:
 
     def run(
         self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
-    ) -> list[tf.Tensor]:
+    ) -> tf.Tensor:
         """Inverts the factors of all tables."""
-        return [
-            block.store_inverses(
-                inverses_of(block.counts, block.gamma, damping, network_mean, invert)
-            )
+        inverses = [
+            inverses_of(block.counts, block.gamma, damping, network_mean, invert)
             for block in self._blocks
         ]
+        return store_inverses(self._blocks, inverses)
 
 
 def inverses_of(

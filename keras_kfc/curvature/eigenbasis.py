@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import BlockLayout, structure
-from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.averaging import AveragedBlock, store_inverses
 from keras_kfc.curvature.diagonal import DiagonalLayout, damped_inverse_of_diagonal
 from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.curvature.shared import BlockStructure
@@ -196,10 +196,10 @@ class EigenbasisRefresh:
 
     def run(
         self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
-    ) -> list[tf.Tensor]:
+    ) -> tf.Tensor:
         """Computes eigenvectors anew, and carries second moments over."""
         del invert
-        return [self._renewed(block, damping, network_mean) for block in self._blocks]
+        return tf.stack([self._renewed(block, damping, network_mean) for block in self._blocks])
 
     @staticmethod
     def _renewed(
@@ -222,7 +222,8 @@ class EigenbasisRefresh:
             # Nothing is known in this basis yet but what the factors say.
             first = eigenvalues["omega"][:, :, None] * eigenvalues["gamma"][:, None, :]
             carried = tf.where(block.has_inverses > 0, carried, tf.maximum(first, 0.0))
-        refused = block.store_inverses([damped_inverse_of_diagonal(carried, damping, network_mean)])
+        inverse = damped_inverse_of_diagonal(carried, damping, network_mean)
+        refused = store_inverses([block], [[inverse]])[0]
         usable = ~refused & (block.ema_weight > 0) & all_finite([carried, *vectors.values()])
         for name, value in (
             ("squares", carried),

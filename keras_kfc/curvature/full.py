@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
-from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.averaging import AveragedBlock, store_inverses
 from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
 from keras_kfc.linalg.damping import concat
@@ -118,7 +118,7 @@ class FullRefresh:
 
     def run(
         self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
-    ) -> list[tf.Tensor]:
+    ) -> tf.Tensor:
         """Inverts all matrices, those of a size together; those of a layer share the damping."""
         inverses = invert(
             [stack.matrices for stack in self._stacks],
@@ -129,7 +129,7 @@ class FullRefresh:
             for stack, inverse in zip(self._stacks, inverses, strict=True)
             for block, part in zip(stack.blocks, tf.split(inverse, stack.groups), strict=True)
         }
-        return [block.store_inverses([of_block[id(block)]]) for block in self._blocks]
+        return store_inverses(self._blocks, [[of_block[id(block)]] for block in self._blocks])
 
 
 class _Stack:

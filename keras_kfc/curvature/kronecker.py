@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
-from keras_kfc.curvature.averaging import AveragedBlock
+from keras_kfc.curvature.averaging import AveragedBlock, store_inverses
 from keras_kfc.curvature.layout import KroneckerLayout, layout_of
 from keras_kfc.curvature.shared import BlockStructure
 from keras_kfc.linalg.damping import block_traces
@@ -117,15 +117,12 @@ class KroneckerRefresh:
 
     def run(
         self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
-    ) -> list[tf.Tensor]:
+    ) -> tf.Tensor:
         """Inverts all factors."""
         inverses = invert_blocks(
             self._omegas, self._gammas, self._traces, damping, network_mean, invert
         )
-        return [
-            block.store_inverses(pair)
-            for block, pair in zip(self._blocks, zip(*inverses, strict=True), strict=True)
-        ]
+        return store_inverses(self._blocks, list(zip(*inverses, strict=True)))
 
 
 @structure("kronecker")

@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kfc.curvature.api import structure
+from keras_kfc.curvature.averaging import store_inverses
 from keras_kfc.curvature.diagonal_input import (
     DiagonalInputBlock,
     DiagonalInputRefresh,
@@ -163,12 +164,12 @@ class TiedRefresh(DiagonalInputRefresh):
 
     def run(
         self, damping: tf.Tensor, network_mean: tf.Tensor | None, invert: Invert = invert_stacks
-    ) -> list[tf.Tensor]:
+    ) -> tf.Tensor:
         """Inverts the factors of all tables."""
-        return [
-            block.store_inverses(inverses_of(*block.combined(), damping, network_mean, invert))
-            for block in self._blocks
+        inverses = [
+            inverses_of(*block.combined(), damping, network_mean, invert) for block in self._blocks
         ]
+        return store_inverses(self._blocks, inverses)
 
 
 def _combined(

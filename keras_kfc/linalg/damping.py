@@ -4,6 +4,7 @@ A *block* is a pair of factors (omega, gamma) that stands for `omega ⊗ gamma`,
 of its groups. Source: Martens & Grosse (2015), section 6.3.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,12 +26,33 @@ class BlockShape(NamedTuple):
     columns: int
 
 
-def traces(factor: tf.Tensor, groups: int) -> tf.Tensor:
-    """Trace of the factor of each group, `(G * P, n, n)` to `(G,)`."""
-    parts = tf.linalg.trace(factor)
-    if factor.shape[0] == groups:
-        return parts
-    return tf.reduce_sum(tf.reshape(parts, (groups, -1)), axis=1)
+def equal_shapes(factors: Sequence[tf.Tensor]) -> list[list[int]]:
+    """Positions of the factors of each size and dtype."""
+    positions: dict[Any, list[int]] = {}
+    for number, factor in enumerate(factors):
+        positions.setdefault((factor.shape[-1], factor.dtype), []).append(number)
+    return list(positions.values())
+
+
+def traces(factors: Sequence[tf.Tensor], groups: Sequence[int]) -> tf.Tensor:
+    """Trace of the factor of each group of each block, `(Σ G,)`.
+
+    Args:
+        factors: Factors, each `(G * P, n, n)`.
+        groups: G of each.
+    """
+    # Those of one size as one stack. Numbers of float64 blocks keep their precision.
+    dtype = max((factor.dtype for factor in factors), key=lambda dtype: dtype.size)
+    members = equal_shapes(factors)
+    stacks = [concat([factors[number] for number in own]) for own in members]
+    parts = concat([tf.cast(tf.linalg.trace(stack), dtype) for stack in stacks])
+    first = np.concatenate(([0], np.cumsum(groups)))
+    places = []
+    for number in itertools.chain.from_iterable(members):
+        count = groups[number]
+        own = np.arange(first[number], first[number] + count)
+        places.append(np.repeat(own, factors[number].shape[0] // count))
+    return tf.math.unsorted_segment_sum(parts, np.concatenate(places), int(first[-1]))
 
 
 def block_damping(
@@ -114,14 +136,9 @@ def block_traces(
         gammas: Output factors, each `(G * Q, m, m)`.
         shapes: Sizes of each block.
     """
-    # All blocks at once. Numbers of float64 blocks keep their precision.
-    dtype = max((factor.dtype for factor in omegas), key=lambda dtype: dtype.size)
-
-    def traces_of(factors: Sequence[tf.Tensor]) -> tf.Tensor:
-        parts = zip(factors, shapes, strict=True)
-        return concat([tf.cast(traces(factor, shape.groups), dtype) for factor, shape in parts])
-
-    return BlockTraces(traces_of(omegas), traces_of(gammas), tuple(shapes))
+    groups = [shape.groups for shape in shapes]
+    omega, gamma = tf.split(traces([*omegas, *gammas], groups * 2), 2)
+    return BlockTraces(omega, gamma, tuple(shapes))
 
 
 def shifts_of(

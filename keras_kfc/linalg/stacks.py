@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from keras_kfc.linalg.damping import BlockTraces, concat, shifts_of
+from keras_kfc.linalg.damping import BlockTraces, concat, equal_shapes, shifts_of
 from keras_kfc.linalg.inverse import damped_inverse
 
 
@@ -64,7 +64,7 @@ def invert_blocks(
     """
     factors = [*omegas, *gammas]
     shifts = shifts_of(omegas, gammas, traces, damping, network_mean)
-    groups = list(_equal_shapes(factors).values())
+    groups = equal_shapes(factors)
     stacks = invert(
         [concat([factors[number] for number in members]) for members in groups],
         [concat([shifts[number] for number in members]) for members in groups],
@@ -77,11 +77,3 @@ def invert_blocks(
         for number, part in zip(members, parts, strict=True):
             inverses[number] = part
     return inverses[: len(omegas)], inverses[len(omegas) :]
-
-
-def _equal_shapes(factors: Sequence[tf.Tensor]) -> dict[Any, list[int]]:
-    """Positions of the factors of each size and dtype."""
-    positions: dict[Any, list[int]] = {}
-    for number, factor in enumerate(factors):
-        positions.setdefault((factor.shape[-1], factor.dtype), []).append(number)
-    return positions

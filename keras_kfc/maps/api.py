@@ -19,8 +19,9 @@ section 3.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import tensorflow as tf
 
 from keras_kfc.linalg.products import gram
@@ -59,7 +60,7 @@ class LinearMap(Protocol):
         inputs: `input_moments` does without.
         """
 
-    def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
+    def count_positions(self, inputs: tf.Tensor) -> Any:
         """Number of output positions of all examples together, a scalar."""
 
     def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
@@ -101,7 +102,7 @@ def input_factor(
     second_moment = tf.add_n([moment for moment, _ in moments])
     examples = tf.cast(batch_size, second_moment.dtype)
     if use_bias:
-        patch_sum = tf.add_n([total for _, total in moments])[..., None]
+        patch_sum = tf.expand_dims(tf.add_n([total for _, total in moments]), 2)
         patches = tf.add_n(
             [
                 _count(mask, linear_map.count_positions(tensor), second_moment.dtype)
@@ -110,8 +111,8 @@ def input_factor(
         )
         corner = tf.fill((linear_map.groups * parts, 1, 1), patches)
         if parts > 1:
-            first = tf.constant([[[1.0]], *[[[0.0]]] * (parts - 1)], second_moment.dtype)
-            first = tf.tile(first, (linear_map.groups, 1, 1))
+            first = np.arange(linear_map.groups * parts)[:, None, None] % parts == 0
+            first = first.astype(second_moment.dtype.as_numpy_dtype)
             patch_sum, corner = first * patch_sum, first * corner
         second_moment = tf.concat(
             (
@@ -151,7 +152,7 @@ def output_factor(
     total = tf.add_n([gram(pad_and_split_columns(tensor, parts)) for tensor in rows])
     count = tf.add_n(
         [
-            _count(mask, tf.shape(tensor)[1], total.dtype)
+            _count(mask, dimension(tensor, 1), total.dtype)
             for tensor, mask in zip(rows, masks, strict=True)
         ]
     )
@@ -167,7 +168,13 @@ def masked(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     return tf.where(mask, tensor, tf.zeros((), tensor.dtype))
 
 
-def _count(mask: tf.Tensor | None, positions: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+def dimension(tensor: tf.Tensor, axis: int) -> Any:
+    """The length of one axis, a number where it is known in the graph."""
+    known = tensor.shape[axis]
+    return tf.shape(tensor)[axis] if known is None else known
+
+
+def _count(mask: tf.Tensor | None, positions: Any, dtype: tf.DType) -> tf.Tensor:
     """How many of a number of positions count, a scalar; a mask's may stand for several each."""
     positions = tf.cast(positions, dtype)
     if mask is None:

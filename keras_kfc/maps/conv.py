@@ -1,11 +1,12 @@
 """A two-dimensional convolution's weights as a linear map of its patches."""
 
 import dataclasses
+from typing import Any
 
 import tensorflow as tf
 
 from keras_kfc.linalg.precision import at_least_float32
-from keras_kfc.maps.api import without_bias_row
+from keras_kfc.maps.api import dimension, without_bias_row
 from keras_kfc.patches.im2col import extract_patches
 from keras_kfc.patches.moment import patch_second_moment
 
@@ -71,18 +72,16 @@ class Conv2DMap:
             images, self.kernel_size, self.strides, self.padding, self.dilation_rate, self.groups
         )
 
-    def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
+    def count_positions(self, inputs: tf.Tensor) -> Any:
         """Number of output positions of all examples together, a scalar."""
-        shape = tf.shape(inputs)
         first = 2 if self.data_format == "channels_first" else 1
         count = 1
         for axis in range(2):
-            size = inputs.shape[first + axis]
-            size = shape[first + axis] if size is None else size
+            size = dimension(inputs, first + axis)
             if self.padding == "valid":
                 size -= self.dilation_rate[axis] * (self.kernel_size[axis] - 1)
             count *= -(-size // self.strides[axis])
-        return count * shape[0]
+        return count * dimension(inputs, 0)
 
     def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
         """Flattens pre-activation derivatives to `(G, positions of all examples, I / G)`."""

@@ -1,12 +1,15 @@
 """A dense layer's weights as a linear map."""
 
 import dataclasses
+import functools
+import operator
+from typing import Any
 
 import tensorflow as tf
 
 from keras_kfc.linalg.precision import at_least_float32
 from keras_kfc.linalg.products import gram, sum_of_rows
-from keras_kfc.maps.api import pad_and_split_columns, without_bias_row
+from keras_kfc.maps.api import dimension, pad_and_split_columns, without_bias_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +44,10 @@ class DenseMap:
         """Flattens `(B, ..., J)` to `(1, positions of all examples, J)`."""
         return tf.reshape(at_least_float32(inputs), (1, -1, self.inputs))
 
-    def count_positions(self, inputs: tf.Tensor) -> tf.Tensor:
+    def count_positions(self, inputs: tf.Tensor) -> Any:
         """Number of output positions of all examples together, a scalar."""
-        return tf.reduce_prod(tf.shape(inputs)[:-1])
+        axes = range(len(inputs.shape) - 1)
+        return functools.reduce(operator.mul, (dimension(inputs, axis) for axis in axes))
 
     def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
         """Flattens `(B, ..., I)` to `(1, positions of all examples, I)`."""

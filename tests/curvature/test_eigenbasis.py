@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import keras_kfc
 from conftest import naive_patches, relative_error
+from keras_kfc.curvature.averaging import move_averages
 from keras_kfc.curvature.eigenbasis import Eigenbasis
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
@@ -107,7 +108,7 @@ def block_with_data(max_dim=None, damping=0.1):
             *block.measured.from_inputs([tf.constant(x)], tf.constant(20), [None]),
             *block.measured.from_pass([tf.constant(x)], [tf.constant(ds)], tf.constant(20), [None]),
         )
-        block.update(moments, tf.constant(20.0), tf.constant(0.0), tf.constant(True))
+        move_averages([block], [moments], tf.constant(20.0), tf.constant(0.0), tf.constant(True))
 
     return optimizer, block, update, np.append(x, np.ones((20, 1)), 1), ds
 
