@@ -16,6 +16,7 @@ from nets import flat_weights
 import keras_kfc
 from conftest import relative_error
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout, CurvatureBlock
+from keras_kfc.curvature.averaging import move_averages
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
 from keras_kfc.maps.embedding import EmbeddingMap
@@ -80,11 +81,8 @@ class Example:
         )
 
     def update(self, moments, examples=6.0, decay=0.5, batch_is_finite=True):
-        return bool(
-            self.block.update(
-                moments, tf.constant(examples), tf.constant(decay), tf.constant(batch_is_finite)
-            )
-        )
+        batch = tf.constant(examples), tf.constant(decay), tf.constant(batch_is_finite)
+        return bool(move_averages([self.block], [moments], *batch)[0])
 
     def factors(self):
         return [self.block.state[name].numpy() for name in self.layout.factor_shapes]
