@@ -46,13 +46,21 @@ def traces(factors: Sequence[tf.Tensor], groups: Sequence[int]) -> tf.Tensor:
     members = equal_shapes(factors)
     stacks = [concat([factors[number] for number in own]) for own in members]
     parts = concat([tf.cast(tf.linalg.trace(stack), dtype) for stack in stacks])
-    first = np.concatenate(([0], np.cumsum(groups)))
-    places = []
+    # Where the parts of each group are. A sum by segments would add in any order on a GPU, and
+    # workers would part by its rounding.
+    last = sum(factor.shape[0] for factor in factors)
+    widest = max(f.shape[0] // count for f, count in zip(factors, groups, strict=True))
+    places = [np.full((count, widest), last) for count in groups]
+    start = 0
     for number in itertools.chain.from_iterable(members):
-        count = groups[number]
-        own = np.arange(first[number], first[number] + count)
-        places.append(np.repeat(own, factors[number].shape[0] // count))
-    return tf.math.unsorted_segment_sum(parts, np.concatenate(places), int(first[-1]))
+        count = factors[number].shape[0]
+        own = np.arange(start, start + count).reshape(groups[number], -1)
+        places[number][:, : own.shape[1]] = own
+        start += count
+    if widest == 1:
+        return tf.gather(parts, np.concatenate(places)[:, 0])
+    parts = tf.concat((parts, tf.zeros((1,), dtype)), axis=0)
+    return tf.reduce_sum(tf.gather(parts, np.concatenate(places)), axis=1)
 
 
 def block_damping(

@@ -61,7 +61,7 @@ class LinearMap(Protocol):
         """
 
     def count_positions(self, inputs: tf.Tensor) -> Any:
-        """Number of output positions of all examples together, a scalar."""
+        """Number of output positions of all examples together: a scalar, or a number if known."""
 
     def derivative_rows(self, derivatives: tf.Tensor) -> tf.Tensor:
         """Flattens derivatives of pre-activations to `(G, positions of all examples, I / G)`."""

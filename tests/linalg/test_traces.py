@@ -1,0 +1,33 @@
+"""Traces of factors, which are taken of all those of a size together."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kfc.linalg.damping import traces
+
+# Groups, parts of each, and rows; sizes recur in no order.
+CUT = ((1, 1, 3), (2, 3, 4), (1, 2, 3), (3, 1, 5), (1, 3, 4), (2, 2, 3))
+
+
+@pytest.mark.parametrize("cases", [CUT, tuple((groups, 1, n) for groups, _, n in CUT)])
+def test_each_group_of_each_block_has_its_own_trace(cases):
+    rng = np.random.default_rng(0)
+    factors = [rng.normal(size=(groups * parts, n, n)) for groups, parts, n in cases]
+    expected = [
+        sum(np.trace(matrix) for matrix in own)
+        for factor, (groups, _, _) in zip(factors, cases, strict=True)
+        for own in np.split(factor, groups)
+    ]
+    groups = [groups for groups, _, _ in cases]
+    found = traces([tf.constant(factor) for factor in factors], groups)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_the_widest_dtype_counts():
+    rng = np.random.default_rng(0)
+    single, double = rng.normal(size=(1, 3, 3)).astype("float32"), rng.normal(size=(2, 3, 3))
+    found = traces([tf.constant(single), tf.constant(double)], [1, 2])
+    assert found.dtype == tf.float64
+    np.testing.assert_allclose(found[1:], [np.trace(part) for part in double], rtol=1e-14)
+    np.testing.assert_allclose(found[0], np.trace(single[0].astype("float64")), rtol=1e-6)
