@@ -23,7 +23,7 @@ from benchmarks.harness import OUTPUT, describe_machine
 
 # What `benchmarks.families` found.
 BEST = {
-    "conv1d": "SGD(0.1, momentum=0.9)",
+    "conv1d": "Muon(0.01)",
     "lstm": "Muon(0.03)",
     "mobilenet-like": "Adam(0.03)",
     "resnet, batch norm": "AdamW(0.03)",

@@ -1,13 +1,12 @@
 """Blocks that keep averages over batches, and inverses of them: what all structures share."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kfc.curvature.api import BlockLayout
+from keras_kfc.curvature.api import BlockLayout, CurvatureBlock
 from keras_kfc.linalg.precision import all_finite, stacked
 from keras_kfc.placement.averages import WeightedVariables
 
@@ -118,7 +117,7 @@ class AveragedBlock:
 
 
 def move_averages(
-    blocks: Sequence[Any],
+    blocks: Sequence[CurvatureBlock],
     moments: Sequence[Sequence[tf.Tensor]],
     examples: tf.Tensor,
     decay: tf.Tensor,

@@ -18,7 +18,7 @@ from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock, store_inverses
 from keras_kfc.curvature.eigenform import Eigenform, eigenvectors_of
 from keras_kfc.curvature.shared import BlockStructure, LayoutOfExamples
-from keras_kfc.linalg.damping import concat
+from keras_kfc.linalg.damping import concat, sums_of
 from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import LinearMap
 
@@ -151,10 +151,8 @@ class _Stack:
         self.groups = [block.full.shape[0] for block in blocks]
         self.sizes = np.array(self.groups) * self.matrices.shape[1]
         self._block_of_group = np.repeat(np.arange(len(blocks)), self.groups)
-        # XLA has no kernel for the sum over sorted segments.
-        self.traces = tf.math.unsorted_segment_sum(
-            tf.linalg.trace(self.matrices), self._block_of_group, len(blocks)
-        )
+        places = np.split(np.arange(sum(self.groups)), np.cumsum(self.groups)[:-1])
+        self.traces = sums_of(tf.linalg.trace(self.matrices), places)
 
     def shifts(self, damping: tf.Tensor, network_mean: tf.Tensor | None) -> tf.Tensor:
         """What to add to the diagonals, `(Σ G,)`.

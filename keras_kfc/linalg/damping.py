@@ -4,7 +4,6 @@ A *block* is a pair of factors (omega, gamma) that stands for `omega ⊗ gamma`,
 of its groups. Source: Martens & Grosse (2015), section 6.3.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,21 +45,32 @@ def traces(factors: Sequence[tf.Tensor], groups: Sequence[int]) -> tf.Tensor:
     members = equal_shapes(factors)
     stacks = [concat([factors[number] for number in own]) for own in members]
     parts = concat([tf.cast(tf.linalg.trace(stack), dtype) for stack in stacks])
-    # Where the parts of each group are. A sum by segments would add in any order on a GPU, and
-    # workers would part by its rounding.
-    last = sum(factor.shape[0] for factor in factors)
-    widest = max(f.shape[0] // count for f, count in zip(factors, groups, strict=True))
-    places = [np.full((count, widest), last) for count in groups]
-    start = 0
-    for number in itertools.chain.from_iterable(members):
-        count = factors[number].shape[0]
-        own = np.arange(start, start + count).reshape(groups[number], -1)
-        places[number][:, : own.shape[1]] = own
-        start += count
+    order = [number for own in members for number in own]
+    ends = np.cumsum([factors[number].shape[0] for number in order])
+    places = {
+        number: np.arange(end - factors[number].shape[0], end).reshape(groups[number], -1)
+        for number, end in zip(order, ends, strict=True)
+    }
+    return sums_of(parts, [group for number in range(len(factors)) for group in places[number]])
+
+
+def sums_of(values: tf.Tensor, places: Sequence[np.ndarray]) -> tf.Tensor:
+    """Sums of some entries of a vector each, `(sums,)`.
+
+    A sum by segments would add in any order on a GPU, and workers would part by its rounding.
+
+    Args:
+        values: The vector.
+        places: For each sum the positions of its entries, at least one.
+    """
+    widest = max(len(own) for own in places)
     if widest == 1:
-        return tf.gather(parts, np.concatenate(places)[:, 0])
-    parts = tf.concat((parts, tf.zeros((1,), dtype)), axis=0)
-    return tf.reduce_sum(tf.gather(parts, np.concatenate(places)), axis=1)
+        return tf.gather(values, np.concatenate(places))
+    index = np.full((len(places), widest), values.shape[0])
+    for row, own in zip(index, places, strict=True):
+        row[: len(own)] = own
+    filled = tf.concat((values, tf.zeros((1,), values.dtype)), axis=0)
+    return tf.reduce_sum(tf.gather(filled, index), axis=1)
 
 
 def block_damping(

@@ -71,6 +71,7 @@ def _damped_inverse(
         damped = tf.linalg.set_diag(tf.where(usable, matrix, 0.0), diagonal) / scale
 
         def by_cholesky() -> tf.Tensor:
+            # Small products gain less than their parts cost, and a third halving hardly anything.
             return _gram(inverse_root(damped, halvings), min(max(halvings - 1, 0), 2))
 
         def by_lu() -> tf.Tensor:

@@ -14,13 +14,15 @@ def test_each_of_several_blocks_has_its_own_numbers():
     batch = tf.constant(6.0), tf.constant(0.5), tf.constant(True)
     # The last one has seen nothing yet.
     move_averages(blocks[:3], [example.moments() for example in examples[:3]], *batch)
+    # The first one has seen more than the others: all rates and weights differ.
+    move_averages(blocks[:1], [examples[0].moments()], *batch)
     before = [example.factors() for example in examples[:3]]
     scales = (2.0, np.nan, 3.0)
     moments = [one.moments(scale) for one, scale in zip(examples, scales, strict=False)]
     refused = move_averages(blocks[:3], moments, *batch)
     np.testing.assert_array_equal(refused, [False, True, False])
-    assert [float(block.ema_weight) for block in blocks] == [9.0, 6.0, 9.0, 0.0]
-    for number, rate in ((0, 6 / 9), (1, 0.0), (2, 6 / 9)):
+    assert [float(block.ema_weight) for block in blocks] == [10.5, 6.0, 9.0, 0.0]
+    for number, rate in ((0, 6 / 10.5), (1, 0.0), (2, 6 / 9)):
         for old, new, own in zip(
             before[number], examples[number].factors(), moments[number], strict=True
         ):

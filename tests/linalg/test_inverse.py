@@ -74,6 +74,16 @@ def test_damped_inverse_is_the_inverse(jit_compile, shift, size):
     assert relative_error(result, undamped) > 2e-4 or shift < 0.3
 
 
+def test_a_large_matrix_has_its_inverse():
+    """Cut so often that all is done in quarters, and with halves of different sizes."""
+    root = np.random.default_rng(0).normal(size=(2, 531, 700))
+    matrix = root @ root.transpose(0, 2, 1) / 700
+    shifts = np.array([0.3, 0.6])
+    result = damped_inverse(tf.constant(matrix), tf.constant(shifts))
+    expected = np.linalg.inv(matrix + shifts[:, None, None] * np.eye(531))
+    np.testing.assert_allclose(result, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("halvings", [0, 1, 3])
 def test_inverse_root_is_the_inverse_of_the_cholesky_factor(halvings):
     root = np.random.default_rng(0).normal(size=(2, 150, 300))

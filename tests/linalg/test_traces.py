@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfc.linalg.damping import traces
+from keras_kfc.linalg.damping import sums_of, traces
 
 # Groups, parts of each, and rows; sizes recur in no order.
 CUT = ((1, 1, 3), (2, 3, 4), (1, 2, 3), (3, 1, 5), (1, 3, 4), (2, 2, 3))
@@ -22,6 +22,13 @@ def test_each_group_of_each_block_has_its_own_trace(cases):
     groups = [groups for groups, _, _ in cases]
     found = traces([tf.constant(factor) for factor in factors], groups)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_entries_are_added_where_they_belong():
+    values = tf.constant([1.0, 2.0, 4.0, 8.0, 16.0])
+    places = [np.array([4]), np.array([0, 2, 1]), np.array([3, 0])]
+    np.testing.assert_array_equal(sums_of(values, places), [16.0, 7.0, 9.0])
+    np.testing.assert_array_equal(sums_of(values, [places[0], np.array([1])]), [16.0, 2.0])
 
 
 def test_the_widest_dtype_counts():
