@@ -57,12 +57,7 @@ def share_with_block(model: keras.Model) -> float:
     """Part of the trainable parameters of an instrumented model that belong to a block."""
     variables = model.trainable_variables
     sizes = [int(np.prod(variable.shape)) for variable in variables]
-    covered = {
-        index
-        for group in parameter_groups(variables)
-        for index in (group.kernel, group.bias)
-        if index is not None
-    }
+    covered = {index for group in parameter_groups(variables) for index in group.indices.every}
     return sum(sizes[index] for index in covered) / sum(sizes)
 
 

@@ -12,7 +12,7 @@ from keras_kfc.analysis.moments import mean_moments
 from keras_kfc.curvature.api import STRUCTURES
 from keras_kfc.curvature.eigenform import Eigenform
 from keras_kfc.maps.api import LinearMap
-from keras_kfc.maps.weights import WeightMatrix
+from keras_kfc.maps.weights import VariableIndices, WeightMatrix
 from keras_kfc.passes.records import LayerRecord
 
 
@@ -24,16 +24,14 @@ class AnalysedBlock:
         path: Path of the matrix.
         matrix: The matrix.
         linear_map: It as a linear map.
-        kernel: Index of its kernel among the variables.
-        bias: Index of its bias, or None.
+        indices: Where its variables are in the list.
         eigenform: The block.
     """
 
     path: str
     matrix: WeightMatrix
     linear_map: LinearMap
-    kernel: int
-    bias: int | None
+    indices: VariableIndices
     eigenform: Eigenform
 
     @property
@@ -43,9 +41,8 @@ class AnalysedBlock:
 
     def coordinates(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Coordinates, of the shape of `values`, of arrays of all variables' shapes."""
-        kernel = tf.constant(parts[self.kernel], tf.float64)
-        bias = None if self.bias is None else tf.constant(parts[self.bias], tf.float64)
-        return self.eigenform.coordinates(self.linear_map.stack_bias(kernel, bias).numpy())
+        own = {index: tf.constant(parts[index], tf.float64) for index in self.indices.every}
+        return self.eigenform.coordinates(self.indices.stacked(self.linear_map, own).numpy())
 
     def weights(self, coordinates: np.ndarray) -> dict[int, np.ndarray]:
         """Kernel and bias with some coordinates, by their indices."""
@@ -57,11 +54,8 @@ class AnalysedBlock:
         return self._by_index(tf.constant(self.eigenform.diagonal()))
 
     def _by_index(self, joint: tf.Tensor) -> dict[int, np.ndarray]:
-        kernel, bias = self.linear_map.unstack_bias(joint)
-        parts = {self.kernel: kernel.numpy()}
-        if self.bias is not None and bias is not None:
-            parts[self.bias] = bias.numpy()
-        return parts
+        parts = self.indices.unstacked(self.linear_map, joint)
+        return {index: part.numpy() for index, part in parts.items()}
 
 
 def analysed_blocks(
@@ -86,11 +80,14 @@ def analysed_blocks(
 
     def layout_for(record: LayerRecord) -> Any:
         matrix = record.matrix
-        if id(matrix.kernel) not in index_of or not wanted(record):
+        kernels = (matrix.kernel, *matrix.further_kernels)
+        if any(id(kernel) not in index_of for kernel in kernels) or not wanted(record):
             return None
         use_bias = matrix.bias is not None and id(matrix.bias) in index_of
         kind = STRUCTURES[matrix.structure or structure]
-        return kind.layout(record.linear_map, use_bias, None, matrix.weight_sharing)
+        # As other packages have it: the partial traces are for the steps of training.
+        sharing = "expand" if matrix.weight_sharing == "trace" else matrix.weight_sharing
+        return kind.layout(record.linear_map, use_bias, None, sharing)
 
     measured = mean_moments(batches, fisher, seed, layout_for)
     refined = {
@@ -111,8 +108,9 @@ def analysed_blocks(
     for part in measured:
         matrix = part.matrix
         bias = index_of[id(matrix.bias)] if part.layout.use_bias else None
-        kernel, eigenform = index_of[id(matrix.kernel)], part.layout.eigenform(part.moments)
-        blocks.append(
-            AnalysedBlock(part.path, matrix, part.layout.linear_map, kernel, bias, eigenform)
-        )
+        kernels = (matrix.kernel, *matrix.further_kernels)
+        places = tuple(index_of[id(kernel)] for kernel in kernels)
+        indices = VariableIndices(places, bias, tuple(kernel.shape[0] for kernel in kernels))
+        eigenform = part.layout.eigenform(part.moments)
+        blocks.append(AnalysedBlock(part.path, matrix, part.layout.linear_map, indices, eigenform))
     return blocks

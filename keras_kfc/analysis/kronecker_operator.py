@@ -91,7 +91,7 @@ class KroneckerFisherOperator:
         self._space = VectorSpace(self.variables)
         self.shape = (self._space.size, self._space.size)
         self.dtype = self._space.dtype
-        covered = {i for block in self._blocks for i in (block.kernel, block.bias)}
+        covered = {i for block in self._blocks for i in block.indices.every}
         rest = [i for i in range(len(self.variables)) if i not in covered]
         self._rest: dict[int, np.ndarray] = {}
         if rest:

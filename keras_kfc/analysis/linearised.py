@@ -66,7 +66,7 @@ class ExampleJacobians:
     def _of_block(self, block: AnalysedBlock, capture: Capture, derivatives: Any) -> tf.Tensor:
         """The sum over the uses of a matrix, `(B, G, n, m)`."""
         key = id(block.matrix.kernel)
-        layout = FullLayout(block.linear_map, block.bias is not None)
+        layout = FullLayout(block.linear_map, block.indices.bias is not None)
         pairs = zip(capture.records[key].uses, derivatives[key], strict=True)
         parts = [
             layout.example_gradients(use.dense_inputs(), masked(ds, use.mask))

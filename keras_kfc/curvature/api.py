@@ -19,6 +19,7 @@ import tensorflow as tf
 from keras_kfc.curvature.eigenform import Eigenform
 from keras_kfc.linalg.stacks import Invert, invert_stacks
 from keras_kfc.maps.api import LinearMap
+from keras_kfc.maps.weights import VariableIndices
 from keras_kfc.passes.products import GradientProduct
 from keras_kfc.passes.statistics import BatchStatistics, Moments
 from keras_kfc.placement.averages import WeightedVariables
@@ -69,11 +70,14 @@ class CurvatureBlock(Protocol):
 
     path: str
     layout: BlockLayout
-    # Indices among the trainable variables.
-    kernel_index: int
-    bias_index: int | None
+    # Where its variables are among the trainable ones.
+    indices: VariableIndices
     ema_weight: keras.Variable
     has_inverses: keras.Variable
+
+    @property
+    def kernel_index(self) -> int:
+        """Index of the kernel by which everybody knows the block."""
 
     @property
     def state(self) -> Mapping[str, keras.Variable]:
@@ -176,8 +180,7 @@ class Structure(Protocol):
         self,
         path: str,
         layout: BlockLayout,
-        kernel: int,
-        bias: int | None,
+        indices: VariableIndices,
         dtype: str,
         add_variable: Callable[..., keras.Variable],
     ) -> CurvatureBlock:

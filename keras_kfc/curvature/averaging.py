@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import BlockLayout, CurvatureBlock
 from keras_kfc.linalg.precision import all_finite, stacked
+from keras_kfc.maps.weights import VariableIndices
 from keras_kfc.placement.averages import WeightedVariables
 
 
@@ -17,8 +18,7 @@ class AveragedBlock:
     Args:
         path: Path of the layer, for names and messages.
         layout: What the block keeps.
-        kernel: Index of the kernel among the optimizer's trainable variables.
-        bias: Index of the bias, or None.
+        indices: Where its variables are among the optimizer's trainable ones.
         dtype: Dtype of factors and inverses.
         add_variable: The optimizer's `add_variable`.
 
@@ -32,15 +32,13 @@ class AveragedBlock:
         self,
         path: str,
         layout: BlockLayout,
-        kernel: int,
-        bias: int | None,
+        indices: VariableIndices,
         dtype: str,
         add_variable: Callable[..., keras.Variable],
     ):
         self.path = path
         self.layout = layout
-        self.kernel_index = kernel
-        self.bias_index = bias
+        self.indices = indices
 
         def add(name: str, shape: tuple[int, ...]) -> keras.Variable:
             full_name = f"{path.replace('/', '_')}_{name}"
@@ -52,6 +50,11 @@ class AveragedBlock:
         self._basis = {name: add(name, shape) for name, shape in basis.items()}
         self.ema_weight = add("weight", ())
         self.has_inverses = add("inverted", ())
+
+    @property
+    def kernel_index(self) -> int:
+        """Index of the kernel by which everybody knows the block."""
+        return self.indices.kernels[0]
 
     @property
     def state(self) -> dict[str, keras.Variable]:

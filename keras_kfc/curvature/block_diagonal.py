@@ -59,7 +59,7 @@ class BlockDiagonal:
         self.blocks: list[CurvatureBlock] = []
         self._block_of_kernel: dict[int, CurvatureBlock] = {}
         self._captured: set[int] = set()
-        self._kernels: dict[int, keras.Variable] = {}
+        self._weights = list(variables)
         self._members: dict[str, list[CurvatureBlock]] = {}
         for plan in planned_blocks(variables, structure, max_factor_dim, weight_sharing):
             index = plan.kernel_index
@@ -67,19 +67,17 @@ class BlockDiagonal:
                 continue
             variable = variables[index]
             block = STRUCTURES[plan.structure].block(
-                plan.path, plan.layout, index, plan.bias_index, factor_dtype(variable), add_variable
+                plan.path, plan.layout, plan.indices, factor_dtype(variable), add_variable
             )
             self.blocks.append(block)
             self._members.setdefault(plan.structure, []).append(block)
             self._block_of_kernel[id(variable)] = block
-            self._kernels[index] = variable
         _tell_compromises(self.blocks, max_factor_dim)
 
     @property
     def covered(self) -> set[int]:
         """Indices of the variables that belong to a block."""
-        indices = {block.kernel_index for block in self.blocks}
-        return indices | {block.bias_index for block in self.blocks if block.bias_index is not None}
+        return {index for block in self.blocks for index in block.indices.every}
 
     def structure_of(self, block: CurvatureBlock) -> str:
         """Name of a block's structure."""
@@ -217,27 +215,18 @@ class BlockDiagonal:
         """
         directions: dict[int, tf.Tensor] = {}
         for block in self.blocks:
-            present = [
-                i
-                for i in (block.kernel_index, block.bias_index)
-                if i is not None and i in gradients
-            ]
+            present = [index for index in block.indices.every if index in gradients]
             if not present:
                 continue
-            if layer_of_kernel(self._kernels[block.kernel_index]) is None:
+            if layer_of_kernel(self._weights[block.kernel_index]) is None:
                 raise ValueError(
                     f"Layer {block.path} was stripped or quantised after the optimizer was built. "
                     "Compile the model again with a new optimizer."
                 )
+            linear_map = block.layout.linear_map
             parts = self._block_gradients(block, gradients)
-            weights = block.multiply(block.layout.linear_map.stack_bias(*parts))
-            preconditioned = dict(
-                zip(
-                    (block.kernel_index, block.bias_index),
-                    block.layout.linear_map.unstack_bias(weights),
-                    strict=True,
-                )
-            )
+            weights = block.multiply(block.indices.stacked(linear_map, parts))
+            preconditioned = block.indices.unstacked(linear_map, weights)
             for index in present:
                 direction = preconditioned[index]
                 directions[index] = self._if_measured(block, direction, gradients[index])
@@ -256,7 +245,7 @@ class BlockDiagonal:
             rows: The gradient's rows, `(N, m)`.
             numbers: Which ones they are, `(N,)`.
         """
-        block: Any = self._block_of_kernel[id(self._kernels[index])]
+        block: Any = self._block_of_kernel[id(self._weights[index])]
         rows = tf.cast(rows, block.ema_weight.dtype)
         return self._if_measured(block, block.multiply_rows(rows, numbers), rows)
 
@@ -271,16 +260,15 @@ class BlockDiagonal:
 
     def _block_gradients(
         self, block: CurvatureBlock, gradients: Mapping[int, tf.Tensor]
-    ) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Kernel and bias gradient of a block, zeros for one that is missing."""
-        dtype, linear_map = block.ema_weight.dtype, block.layout.linear_map
-        kernel = gradients.get(block.kernel_index)
-        bias = None if block.bias_index is None else gradients.get(block.bias_index)
-        if kernel is None:
-            kernel = tf.zeros(self._kernels[block.kernel_index].shape, dtype)
-        if bias is None and block.bias_index is not None:
-            bias = tf.zeros((linear_map.outputs,), dtype)
-        return tf.cast(kernel, dtype), None if bias is None else tf.cast(bias, dtype)
+    ) -> dict[int, tf.Tensor]:
+        """Gradients of all variables of a block, by index, zeros for one that is missing."""
+        dtype, of = block.ema_weight.dtype, self._weights
+        return {
+            index: tf.cast(gradients[index], dtype)
+            if index in gradients
+            else tf.zeros(of[index].shape, dtype)
+            for index in block.indices.every
+        }
 
 
 def _tell_compromises(blocks: Sequence[CurvatureBlock], max_factor_dim: int | None) -> None:

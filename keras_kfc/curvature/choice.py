@@ -6,6 +6,7 @@ from typing import Any
 
 from keras_kfc.curvature.api import STRUCTURES, BlockLayout
 from keras_kfc.layers.groups import parameter_groups
+from keras_kfc.maps.weights import VariableIndices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +17,18 @@ class PlannedBlock:
         path: Path of its matrix.
         structure: Name of its structure.
         layout: What it will keep.
-        kernel_index: Index of the kernel.
-        bias_index: Index of the bias, or None.
+        indices: Where its variables are among the optimizer's.
     """
 
     path: str
     structure: str
     layout: BlockLayout
-    kernel_index: int
-    bias_index: int | None
+    indices: VariableIndices
+
+    @property
+    def kernel_index(self) -> int:
+        """Index of the kernel by which everybody knows the matrix."""
+        return self.indices.kernels[0]
 
 
 def planned_blocks(
@@ -44,11 +48,11 @@ def planned_blocks(
     """
     for group in parameter_groups(variables):
         name = group.matrix.structure or structure
-        use_bias = group.bias is not None
+        use_bias = group.indices.bias is not None
         layout = STRUCTURES[name].layout(
             group.matrix.linear_map,
             use_bias,
             max_factor_dim,
             weight_sharing or group.matrix.weight_sharing,
         )
-        yield PlannedBlock(group.path, name, layout, group.kernel, group.bias)
+        yield PlannedBlock(group.path, name, layout, group.indices)

@@ -2,7 +2,8 @@
 
 Omega is made from the layer's inputs, gamma from the derivatives of its pre-activations
 (Grosse & Martens 2016, section 3; A and G in K-FAC papers and other packages). The damped
-inverse is `(Ω + π √λ I)⁻¹ ⊗ (Γ + √λ/π I)⁻¹`.
+inverse is `(Ω + π √λ I)⁻¹ ⊗ (Γ + √λ/π I)⁻¹`. In the setting "trace"
+(`keras_kfc.curvature.traced`) either is measured from both.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from keras_kfc.curvature.api import structure
 from keras_kfc.curvature.averaging import AveragedBlock, store_inverses
 from keras_kfc.curvature.layout import KroneckerLayout, layout_of
 from keras_kfc.curvature.shared import BlockStructure
-from keras_kfc.linalg.damping import block_traces
+from keras_kfc.curvature.traced import TracedLayout
+from keras_kfc.linalg.damping import block_traces, with_unit_traces
 from keras_kfc.linalg.stacks import Invert, invert_blocks, invert_stacks
 from keras_kfc.maps.api import LinearMap
 
@@ -27,8 +29,7 @@ class KroneckerBlock(AveragedBlock):
     Args:
         path: Path of the layer, for names and messages.
         layout: How the factors are stored.
-        kernel: Index of the kernel among the optimizer's trainable variables.
-        bias: Index of the bias, or None.
+        indices: Where its variables are among the optimizer's trainable ones.
         dtype: Dtype of factors and inverses.
         add_variable: The optimizer's `add_variable`.
     """
@@ -103,7 +104,9 @@ class KroneckerRefresh:
         self._omegas = [tf.convert_to_tensor(block.omega) for block in blocks]
         self._gammas = [tf.convert_to_tensor(block.gamma) for block in blocks]
         shapes = [block.layout.block_shape for block in blocks]
-        self._traces = block_traces(self._omegas, self._gammas, shapes)
+        traces = block_traces(self._omegas, self._gammas, shapes)
+        unit = [block.layout.gamma_has_unit_trace for block in blocks]
+        self._gammas, self._traces = with_unit_traces(self._gammas, traces, unit)
 
     @property
     def trace(self) -> tf.Tensor:
@@ -140,4 +143,5 @@ class Kronecker(BlockStructure[KroneckerLayout]):
     ) -> KroneckerLayout:
         """Factors in as few parts as the limit allows."""
         layout = layout_of(linear_map, use_bias, max_dim)
-        return dataclasses.replace(layout, weight_sharing=weight_sharing)
+        layout = dataclasses.replace(layout, weight_sharing=weight_sharing)
+        return TracedLayout(**vars(layout)) if weight_sharing == "trace" else layout

@@ -36,7 +36,7 @@ class KroneckerLayout:
         use_bias: Whether they have a row for the bias.
         input_parts: P.
         output_parts: Q.
-        weight_sharing: `"expand"` or `"reduce"`, see `keras_kfc.maps.sharing`.
+        weight_sharing: One of `keras_kfc.maps.sharing.WEIGHT_SHARING`.
     """
 
     linear_map: LinearMap
@@ -45,6 +45,7 @@ class KroneckerLayout:
     output_parts: int = 1
     weight_sharing: str = "expand"
     symmetric_factors: ClassVar[Container[str]] = frozenset({"omega", "gamma"})
+    gamma_has_unit_trace: ClassVar[bool] = False
 
     @property
     def _positions(self) -> int:

@@ -83,10 +83,8 @@ def directions_by_rows(
         results = tf.cond(batch <= most, by_rows, lambda: [_whole(*pair) for pair in chosen])
     found = DirectionsByRows()
     for (block, _), (weights, slope) in zip(chosen, results, strict=True):
-        parts = block.layout.linear_map.unstack_bias(weights)
-        indices = [i for i in (block.kernel_index, block.bias_index) if i is not None]
-        found.of.update(zip(indices, parts, strict=False))
-        found.slopes[tuple(indices)] = slope
+        found.of.update(block.indices.unstacked(block.layout.linear_map, weights))
+        found.slopes[block.indices.every] = slope
     return found
 
 

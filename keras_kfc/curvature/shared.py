@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_kfc.curvature.api import CurvatureBlock, Refresh
 from keras_kfc.maps.api import LinearMap, masked
+from keras_kfc.maps.weights import VariableIndices
 
 Layout = TypeVar("Layout")
 
@@ -30,13 +31,12 @@ class BlockStructure(Generic[Layout]):
         self,
         path: str,
         layout: Layout,
-        kernel: int,
-        bias: int | None,
+        indices: VariableIndices,
         dtype: str,
         add_variable: Callable[..., keras.Variable],
     ) -> CurvatureBlock:
         """A block with its variables."""
-        return type(self).block_type(path, layout, kernel, bias, dtype, add_variable)
+        return type(self).block_type(path, layout, indices, dtype, add_variable)
 
     def refresh(self, blocks: Sequence[Any]) -> Refresh:
         """New inverses of all blocks."""

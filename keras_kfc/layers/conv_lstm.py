@@ -25,6 +25,9 @@ class ConvLSTMCell(Cell, KerasConvLSTMCell):
     before it.
     """
 
+    # Pairs of positions are those of all steps and pixels.
+    weight_sharing = "reduce"
+
     rank: int
     strides: tuple[int, ...]
     dilation_rate: tuple[int, ...]

@@ -24,6 +24,7 @@ class Dense(KroneckerLayer, keras.layers.Dense):
     """
 
     can_be_quantised = True
+    weight_sharing = "trace"
 
     @property
     def linear_map(self) -> DenseMap:

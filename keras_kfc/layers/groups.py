@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from keras_kfc.layers.instrumented import layer_of_kernel
-from keras_kfc.maps.weights import WeightMatrix
+from keras_kfc.maps.weights import VariableIndices, WeightMatrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +15,12 @@ class ParameterGroup:
     Args:
         path: Path of their matrix.
         matrix: The matrix.
-        kernel: Index of its kernel among the variables.
-        bias: Index of its bias, or None if that is not among them.
+        indices: Where its variables are in the list; a bias that is not there is left out.
     """
 
     path: str
     matrix: WeightMatrix
-    kernel: int
-    bias: int | None
+    indices: VariableIndices
 
 
 def parameter_groups(variables: Sequence[Any]) -> Iterator[ParameterGroup]:
@@ -32,10 +30,16 @@ def parameter_groups(variables: Sequence[Any]) -> Iterator[ParameterGroup]:
         variables: The variables.
     """
     indices = {id(variable): index for index, variable in enumerate(variables)}
-    for index, variable in enumerate(variables):
+    for variable in variables:
         layer: Any = layer_of_kernel(variable)
         if layer is None:
             continue
         matrix = next(own for own in layer.weight_matrices if own.kernel is variable)
         bias = None if matrix.bias is None else indices.get(id(matrix.bias))
-        yield ParameterGroup(matrix.path_in(layer.path), matrix, index, bias)
+        kernels = (variable, *matrix.further_kernels)
+        if any(id(kernel) not in indices for kernel in kernels):
+            continue
+        places = tuple(indices[id(kernel)] for kernel in kernels)
+        rows = tuple(kernel.shape[0] for kernel in kernels)
+        own = VariableIndices(places, bias, rows)
+        yield ParameterGroup(matrix.path_in(layer.path), matrix, own)

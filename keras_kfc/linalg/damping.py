@@ -159,6 +159,37 @@ def block_traces(
     return BlockTraces(omega, gamma, tuple(shapes))
 
 
+def with_unit_traces(
+    gammas: Sequence[tf.Tensor], block_traces: BlockTraces, chosen: Sequence[bool]
+) -> tuple[list[tf.Tensor], BlockTraces]:
+    """Divides the output factors of some blocks by their trace, for each group.
+
+    Args:
+        gammas: Output factors, each `(G * Q, m, m)`.
+        block_traces: Traces of all factors.
+        chosen: Which blocks.
+
+    Returns:
+        The output factors and the traces of all; a factor of zeros stays.
+    """
+    if not any(chosen):
+        return list(gammas), block_traces
+    groups = [shape.groups for shape in block_traces.shapes]
+    divided = np.repeat(chosen, groups)
+    scales = tf.where(divided & (block_traces.gamma > 0), block_traces.gamma, 1.0)
+    places = [
+        np.repeat(np.arange(end - count, end), gamma.shape[0] // count)
+        for gamma, count, end in zip(gammas, groups, np.cumsum(groups), strict=True)
+    ]
+    counts = [len(place) for place in places]
+    each = tf.split(tf.gather(scales, np.concatenate(places))[:, None, None], counts)
+    scaled = [
+        gamma / tf.cast(scale, gamma.dtype) if taken else gamma
+        for gamma, scale, taken in zip(gammas, each, chosen, strict=True)
+    ]
+    return scaled, block_traces._replace(gamma=block_traces.gamma / scales)
+
+
 def shifts_of(
     omegas: Sequence[tf.Tensor],
     gammas: Sequence[tf.Tensor],

@@ -8,6 +8,8 @@ the same at all positions:
 
     omega  mean over examples of  ā āᵀ,    ā the mean over positions
     gamma  mean over examples of  d dᵀ,    d the sum over positions of Ds
+
+The third setting, *trace*, takes positions for what they are (`keras_kfc.maps.partial_traces`).
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ import tensorflow as tf
 from keras_kfc.linalg.products import gram
 from keras_kfc.maps.api import LinearMap, masked, pad_and_split_columns
 
-WEIGHT_SHARING = ("expand", "reduce")
+WEIGHT_SHARING = ("expand", "reduce", "trace")
 
 
 def reduced_input_factor(
@@ -40,7 +42,7 @@ def reduced_input_factor(
         totals.append(tf.reduce_sum(by_example(rows, batch_size), axis=2))
         counts.append(tf.reduce_sum(by_example(weights, batch_size), axis=2))
     means = tf.math.divide_no_nan(tf.add_n(totals), tf.add_n(counts))
-    means = _split(linear_map, means, parts)
+    means = split_channels(linear_map, means, parts)
     if use_bias:
         first = tf.constant([1.0] + [0.0] * (parts - 1), means.dtype)
         ones = tf.tile(first, [linear_map.groups])[:, None, None] * tf.ones_like(means[..., :1])
@@ -86,7 +88,7 @@ def _weights(mask: tf.Tensor | None, rows: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.repeat(weights, repeats), (1, -1, 1))
 
 
-def _split(linear_map: LinearMap, rows: tf.Tensor, parts: int) -> tf.Tensor:
+def split_channels(linear_map: LinearMap, rows: tf.Tensor, parts: int) -> tf.Tensor:
     """Cuts the channels of rows into parts, as `LinearMap.input_moments` does."""
     if parts == 1:
         return rows

@@ -16,7 +16,7 @@ from keras_kfc.curvature.block_diagonal import BlockDiagonal
 
 _LAYOUT = "layout"
 # Of the stored state; to be raised when its layout changes, with a way to read the older ones.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Endings of names of variables that belong to no block.
 _ROLES = ("second_moment", "momentum", "average", "gradient_accumulator")
 # What these were called in format 1.
@@ -35,7 +35,8 @@ class StoredState:
         arrays: Their values, by position.
         roles: What each variable was for.
         blocks: For each curvature block a mapping with `path`, `structure`, `kernel`, `bias`
-            (both indices) and `shapes`, those of its factors.
+            (both indices), `shapes`, those of its factors, and from format 3 on `weight_sharing`,
+            the setting in which they were measured (None for a structure without one).
         built: Whether the optimizer had been built.
         left_out: Indices of kernels without a block for want of statistics.
         version: Of the format that they were stored in.
@@ -109,8 +110,9 @@ def describe_blocks(curvature: BlockDiagonal | None) -> list[dict[str, Any]]:
             "path": block.path,
             "structure": curvature.structure_of(block),
             "kernel": block.kernel_index,
-            "bias": block.bias_index,
+            "bias": block.indices.bias,
             "shapes": [list(shape) for shape in block.layout.factor_shapes.values()],
+            "weight_sharing": getattr(block.layout, "weight_sharing", None),
         }
         for block in curvature.blocks
     ]

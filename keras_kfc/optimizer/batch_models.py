@@ -192,9 +192,7 @@ class BatchModels:
             shift = damping
             if self._damping.relative:
                 shift = damping * tf.cast(self._curvature.mean_eigenvalue(block), tf.float32)
-            for index in (block.kernel_index, block.bias_index):
-                if index is not None:
-                    shifts[index] = shift
+            shifts.update(dict.fromkeys(block.indices.every, shift))
         return shifts
 
     def _damped(

@@ -157,13 +157,9 @@ def memory_of(
         inverses = sum(_bytes_of(shape, dtype) for shape in computed.values())
         # A block's two scalars count with its factors.
         factors += _bytes_of((2,), dtype)
-        indices = (
-            {block.kernel_index}
-            if block.bias_index is None
-            else {block.kernel_index, block.bias_index}
-        )
-        covered |= indices
-        momenta = sum(_bytes_of(variables[i].shape, variables[i].dtype) for i in indices)
+        own = block.indices.every
+        covered |= set(own)
+        momenta = sum(_bytes_of(variables[i].shape, variables[i].dtype) for i in own)
         momenta *= 1 + copies
         entries.append(LayerMemory(block.path, layout.factor_shapes, factors, inverses, momenta))
     fallback: dict[str, int] = {}

@@ -71,5 +71,5 @@ def _has_seen_all(capture: Any, variables: Sequence[Any]) -> bool:
     """
     if capture is None or capture.loss is None or tf.distribute.has_strategy():
         return False
-    kernels = {id(variables[group.kernel]) for group in parameter_groups(variables)}
+    kernels = {id(group.matrix.kernel) for group in parameter_groups(variables)}
     return kernels <= set(capture.records)

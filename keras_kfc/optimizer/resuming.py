@@ -126,7 +126,7 @@ def adopt(optimizer: Any, variables: Sequence[Any]) -> bool:
         return True
     trained = optimizer.trained_variables
     kernels = {block.kernel_index for block in optimizer.blocks} | optimizer.waiting.left_out
-    wanted = {id(variables[group.kernel]) for group in parameter_groups(variables)}
+    wanted = {id(group.matrix.kernel) for group in parameter_groups(variables)}
     if wanted == {id(trained[kernel]) for kernel in kernels}:
         return True
     if not (_waits(optimizer) or not optimizer.iterations.numpy()):
@@ -169,9 +169,7 @@ def leave_out(optimizer: Any, kernels: Set[int]) -> None:
     """
     leaving = [block for block in optimizer.blocks if block.kernel_index in kernels]
     theirs = {id(variable) for block in leaving for variable in block.state.values()}
-    changed = {
-        i for block in leaving for i in (block.kernel_index, block.bias_index) if i is not None
-    }
+    changed = {index for block in leaving for index in block.indices.every}
     # Momentum is another thing to the fallback rule.
     theirs |= {id(optimizer.parts.momentums[i]) for i in changed}
     with outside_of_the_trace():
@@ -223,12 +221,27 @@ def _take(optimizer: Any, stored: StoredState) -> None:
     with tf.init_scope():
         for variable, array in zip(variables, stored.arrays, strict=True):
             variable.assign(array)
+        _forget_other_factors(optimizer, stored)
+
+
+def _forget_other_factors(optimizer: Any, stored: StoredState) -> None:
+    """Lets blocks measure their factors anew that were stored in another setting.
+
+    Their numbers mean something else there, and are those of a few batches; momenta are not.
+    """
+    own = describe_blocks(_curvature_of(optimizer))
+    for block, ours, theirs in zip(optimizer.blocks, own, stored.blocks, strict=False):
+        # Before format 3 there was no "trace".
+        same = ours["weight_sharing"] == theirs.get("weight_sharing", ours["weight_sharing"])
+        if not same or (stored.version < 3 and ours["weight_sharing"] == "trace"):
+            block.ema_weight.assign(0)
+            block.has_inverses.assign(0)
 
 
 def _check(optimizer: Any, stored: StoredState, variables: Sequence[Any]) -> None:
     """Raises a ValueError if stored state is for other layers or settings."""
     for own, theirs in zip(describe_blocks(_curvature_of(optimizer)), stored.blocks, strict=False):
-        names = [name for name in own if name != "path"]
+        names = [name for name in own if name not in ("path", "weight_sharing")]
         ours, given = ([block.get(name) for name in names] for block in (own, theirs))
         if ours != given:
             raise _belongs_elsewhere(

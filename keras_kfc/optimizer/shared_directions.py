@@ -27,8 +27,7 @@ def shared_natural_gradient(
     """
     placement = current_placement()
     members = [
-        [i for i in (block.kernel_index, block.bias_index) if i is not None and i in gradients]
-        for block in curvature.blocks
+        [index for index in block.indices.every if index in gradients] for block in curvature.blocks
     ]
     costs = [
         _products(block, gradients) if own else 0.0

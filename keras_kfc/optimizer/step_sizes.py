@@ -96,11 +96,7 @@ class StepSizes:
     def members(self, directions: Directions) -> dict[int, list[int]]:
         """Indices of the variables of each block, by that of its kernel."""
         return {
-            block.kernel_index: [
-                i
-                for i in (block.kernel_index, block.bias_index)
-                if i is not None and i in directions
-            ]
+            block.kernel_index: [index for index in block.indices.every if index in directions]
             for block in self._curvature.blocks
         }
 

@@ -19,6 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_kfc.maps.dense import DenseMap
 from keras_kfc.maps.weights import WeightMatrix
 from keras_kfc.passes.capture import Capture
 from keras_kfc.passes.records import Use
@@ -155,14 +156,19 @@ def captured_loop(capture: Capture, loop: Loop) -> tuple[tf.Tensor, tf.Tensor, A
     flat_mask = None if mask is None else tf.reshape(mask, (-1,))
     uses, probes = [], []
     for slot in survey.slots:
-        zeros = _zeros_for(slot.pre_activation, shape)
-        use = Use(slot.matrix.kernel, None, zeros, flat_mask, is_added=True)
-        watched = capture.add_use(slot.path, slot.matrix, use)
-        uses.append(use)
-        probes.append(_by_step(watched, shape))
+        zeros = _zeros_for(slot.pre_activation, loop.sequences)
+        keeps_time = _takes_time(slot.matrix)
+        own = Use(slot.matrix.kernel, None, zeros, mask, is_added=True)
+        if not keeps_time:
+            own = dataclasses.replace(own, pre_activation=_flat(zeros), mask=flat_mask)
+        watched = capture.add_use(slot.path, slot.matrix, own)
+        uses.append(own)
+        probes.append(watched if keeps_time else _by_step(watched, shape))
     outputs, inputs, states = _scan(loop, mask, output, probes, seen)
-    for use, rows in zip(uses, inputs, strict=True):
-        use.inputs = _flat(_batch_first(rows))
+    matrices = [slot.matrix for slot in survey.slots]
+    for use, matrix, rows in zip(uses, matrices, inputs, strict=True):
+        steps = _batch_first(rows)
+        use.inputs = steps if _takes_time(matrix) else _flat(steps)
     outputs = tf.reverse(outputs, (0,)) if loop.backwards else outputs
     return outputs[-1], _batch_first(outputs), states
 
@@ -207,6 +213,11 @@ def _scan(
     return outputs, seen, keras.tree.pack_sequence_as(loop.states, last)
 
 
+def _takes_time(matrix: WeightMatrix) -> bool:
+    """Whether time may be one more axis of what a matrix sees; others see steps as examples."""
+    return isinstance(matrix.linear_map, DenseMap)
+
+
 def _where(counts: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
     return tf.where(tf.reshape(counts, (-1, *[1] * (len(new.shape) - 1))), new, old)
 
@@ -222,11 +233,11 @@ def _flat(steps: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(rows, (None, *steps.shape[2:]))
 
 
-def _zeros_for(pre_activation: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
-    """Zeros for the pre-activations of all steps, `(B * T, ...)`."""
-    sizes = tf.concat(([shape[0] * shape[1]], tf.shape(pre_activation)[1:]), axis=0)
-    zeros = tf.zeros(sizes, pre_activation.dtype)
-    return tf.ensure_shape(zeros, (None, *pre_activation.shape[1:]))
+def _zeros_for(pre_activation: tf.Tensor, sequences: tf.Tensor) -> tf.Tensor:
+    """Zeros for the pre-activations of all steps, `(B, T, ...)`."""
+    own = tf.shape(pre_activation)[1:]
+    zeros = tf.zeros(tf.concat((tf.shape(sequences)[:2], own), axis=0), pre_activation.dtype)
+    return tf.ensure_shape(zeros, (*sequences.shape[:2], *pre_activation.shape[1:]))
 
 
 def _by_step(rows: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:

@@ -79,7 +79,7 @@ def products_in(
 
 
 def _product(record: LayerRecord, gradients: Mapping[int, Any]) -> GradientProduct | None:
-    if len(record.uses) != 1:
+    if len(record.uses) != 1 or record.matrix.further_kernels:
         return None
     use, matrix = record.uses[0], record.matrix
     derivative = use.derivative

@@ -265,6 +265,9 @@ def _of_pass(
     inputs: _Inputs,
     sample: ExampleSubset,
 ) -> tuple[tf.Tensor, ...]:
+    for use, derivative in zip(uses, derivatives, strict=True):
+        # Loops forget it, and the number of steps is good to know.
+        derivative.set_shape(use.pre_activation.shape)
     needed = inputs.of(uses) if layout.needs_inputs else []
     taken, size = sample.take([*needed, *derivatives])
     return layout.from_pass(taken[: len(needed)], taken[len(needed) :], size, _masks(uses, sample))

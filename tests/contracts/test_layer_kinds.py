@@ -47,7 +47,12 @@ def rows_of(matrix, use):
 
 def stacked(matrix, by_variable):
     bias = None if matrix.bias is None else by_variable[id(matrix.bias)]
-    return matrix.linear_map.stack_bias(by_variable[id(matrix.kernel)], bias)
+    return matrix.linear_map.stack_bias(kernel_of(matrix, by_variable), bias)
+
+
+def kernel_of(matrix, by_variable):
+    parts = [by_variable[id(one)] for one in (matrix.kernel, *matrix.further_kernels)]
+    return tf.concat(parts, axis=0) if len(parts) > 1 else parts[0]
 
 
 def test_every_registered_kind_is_here():
@@ -159,14 +164,14 @@ def test_weights_are_stacked_and_unstacked(case):
     for layer in model._flatten_layers():
         for matrix in getattr(layer, "weight_matrices", ()):
             linear_map, bias = matrix.linear_map, matrix.bias
-            weights = linear_map.stack_bias(
-                matrix.kernel.value, None if bias is None else bias.value
-            )
+            own = {id(variable): variable.value for variable in layer.trainable_variables}
+            joint = kernel_of(matrix, own)
+            weights = linear_map.stack_bias(joint, None if bias is None else bias.value)
             rows = linear_map.kernel_rows + (bias is not None)
             columns = linear_map.outputs // linear_map.groups
             assert weights.shape == (linear_map.groups, rows, columns)
             kernel, again = linear_map.unstack_bias(weights)
-            np.testing.assert_array_equal(kernel, matrix.kernel)
+            np.testing.assert_array_equal(kernel, joint)
             assert (again is None) == (bias is None)
             if again is not None:
                 np.testing.assert_array_equal(again, bias)

@@ -20,6 +20,7 @@ from keras_kfc.curvature.averaging import move_averages
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
 from keras_kfc.maps.embedding import EmbeddingMap
+from keras_kfc.maps.weights import VariableIndices
 
 # A line for each structure: what is to be had of it for any map, or the maps that it is for.
 STRUCTURE_MAPS = {
@@ -63,9 +64,8 @@ class Example:
         self.derivatives = tf.constant(rng.normal(size=out_shape))
         self.structure = STRUCTURES[name]
         self.layout = self.structure.layout(self.linear_map, use_bias, max_dim)
-        self.block = self.structure.block(
-            "layer", self.layout, 0, 1 if use_bias else None, "float64", add_variable
-        )
+        indices = VariableIndices((0,), 1 if use_bias else None, (0,))
+        self.block = self.structure.block("layer", self.layout, indices, "float64", add_variable)
         rows = self.linear_map.kernel_rows + use_bias
         columns = self.linear_map.outputs // self.linear_map.groups
         self.shape = (self.linear_map.groups, rows, columns)

@@ -124,14 +124,18 @@ def test_undamped_step_solves_linear_least_squares():
 
 
 @pytest.mark.parametrize("relative_damping", [True, False])
-def test_direction_solves_the_explicit_damped_kronecker_system(relative_damping):
+@pytest.mark.parametrize("setting", ["expand", "trace"])
+def test_direction_solves_the_explicit_damped_kronecker_system(relative_damping, setting):
     rng = np.random.default_rng(0)
 
     def positive(n):
         root = rng.normal(size=(n, 2 * n))
         return root @ root.T / n
 
-    omega, gamma, damping = positive(5), 0.01 * positive(3), 0.3
+    stored = omega, gamma = positive(5), 0.01 * positive(3)
+    damping = 0.3
+    if setting == "trace":
+        gamma = gamma / np.trace(gamma)
     means = np.trace(omega) / 5, np.trace(gamma) / 3
     strength = damping * means[0] * means[1] if relative_damping else damping
     pi = np.sqrt(means[0] / means[1])
@@ -143,11 +147,13 @@ def test_direction_solves_the_explicit_damped_kronecker_system(relative_damping)
 
     layer = keras_kfc.layers.Dense(3)
     layer.build((None, 4))
-    optimizer = keras_kfc.KFC(damping=damping, relative_damping=relative_damping)
+    optimizer = keras_kfc.KFC(
+        damping=damping, relative_damping=relative_damping, weight_sharing=setting
+    )
     optimizer.build([layer.kernel, layer.bias])
     (block,) = optimizer.blocks
-    block.omega.assign(omega[None])
-    block.gamma.assign(gamma[None])
+    block.omega.assign(stored[0][None])
+    block.gamma.assign(stored[1][None])
     block.ema_weight.assign(1.0)
     optimizer.parts.measuring.refresh_inverses()
     np.testing.assert_allclose(block.multiply(joint[None])[0], expected, rtol=1e-6)

@@ -11,6 +11,7 @@ from keras_kfc.curvature import products
 from keras_kfc.curvature.layout import layout_of
 from keras_kfc.maps.conv import Conv2DMap
 from keras_kfc.maps.dense import DenseMap
+from keras_kfc.maps.weights import VariableIndices
 
 ROWS = 6
 
@@ -22,7 +23,7 @@ class Block:
     layout: Any
     omega: np.ndarray
     gamma: np.ndarray
-    bias_index: int | None
+    indices: VariableIndices
     ema_weight = tf.zeros((), tf.float64)
     kernel_index = 3
 
@@ -102,7 +103,7 @@ def test_directions_and_slopes_are_those_of_the_gradient(
     gradient = inputs.transpose(0, 2, 1) @ derivatives
     apart = linear_map.unstack_bias(tf.constant(gradient))
     parts = tuple(part for part in apart if part is not None)
-    block = Block(layout, omega, gamma, 4 if use_bias else None)
+    block = Block(layout, omega, gamma, VariableIndices((3,), 4 if use_bias else None, (rows,)))
     product = Product(inputs, derivatives, parts, batch_size, positions)
     found = products.directions_by_rows([block], {3: product})
     assert taken == ([] if way is None else [way])
@@ -123,7 +124,7 @@ def test_rows_are_taken_up_to_the_batch_at_which_they_cost_as_much():
     pairs = []
     for layout, positions in zip(layouts, (1, 3), strict=True):
         inverses = (np.zeros(layout.omega_shape), np.zeros(layout.gamma_shape))
-        block = Block(layout, *inverses, 4)
+        block = Block(layout, *inverses, VariableIndices((3,), 4, (0,)))
         block.costs = layout.costs
         pairs.append((block, Product(*inverses, (), None, positions)))
 

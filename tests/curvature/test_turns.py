@@ -57,6 +57,7 @@ def test_every_block_has_its_turn_and_the_inverse_of_its_factors(monkeypatch):
         inverse_update_period=6,
         damping=0.3,
         relative_damping=False,
+        weight_sharing="expand",
     )
     model.compile(optimizer, "mse")
     rng = np.random.default_rng(0)

@@ -91,4 +91,4 @@ def test_a_bias_that_heads_share_is_left_to_the_fallback_rule():
     optimizer = keras_kfc.KFC()
     optimizer.build(model.trainable_variables)
     (block,) = optimizer.blocks
-    assert block.bias_index is None and not block.layout.use_bias
+    assert block.indices.bias is None and not block.layout.use_bias

@@ -91,8 +91,8 @@ def test_a_graph_with_any_number_of_steps_and_examples(static):
         return list(capture.differentiate([loss], [tf.ones_like(loss)]).values())
 
     for steps in (T,) if static else (T, 2):
-        ((of_inputs,), (of_states,)) = derivatives(X[:, :steps].astype("float32"))
-        assert of_inputs.shape == of_states.shape == (B * steps, 4 * H)
+        ((of_gates,),) = derivatives(X[:, :steps].astype("float32"))
+        assert of_gates.shape == (B, steps, 4 * H)
 
 
 def by_hand(model, x, backwards=False):
@@ -124,11 +124,11 @@ def test_what_is_recorded_is_an_lstm_unrolled_by_hand(backwards):
         loss = tf.reduce_sum(tf.sin(model(X, training=True)))
     derivatives = capture.differentiate([loss], [tf.ones_like(loss)])
     states, gates = by_hand(model, X, backwards)
-    for key, record in capture.records.items():
-        (use,), (derivative,) = record.uses, derivatives[key]
-        inputs = X if record.matrix.name == "kernel" else np.stack(states, 1)
-        assert relative_error(use.inputs, inputs.reshape(B * T, -1)) < 1e-12
-        assert relative_error(derivative, np.stack(gates, 1).reshape(B * T, -1)) < 1e-10
+    ((key, record),) = capture.records.items()
+    (use,), (derivative,) = record.uses, derivatives[key]
+    # One matrix sees the inputs and the states before.
+    assert relative_error(use.inputs, np.concatenate((X, np.stack(states, 1)), axis=2)) < 1e-12
+    assert relative_error(derivative, np.stack(gates, 1)) < 1e-10
 
 
 def factors_of(model, x):
@@ -146,7 +146,9 @@ def test_factors_count_the_steps_that_a_mask_leaves():
     blocks = factors_of(keras_kfc.instrument(model), masked_inputs())
     model.set_weights(start)
     rows = np.pad(X, ((0, 0), (0, 0), (0, 1)), constant_values=1)[MASK]
-    assert relative_error(blocks["kernel"].omega[0], rows.T @ rows / B) < 1e-6
+    (block,) = blocks.values()
+    own = np.r_[: X.shape[2], -1]  # without the states
+    assert relative_error(block.omega[0][np.ix_(own, own)], rows.T @ rows / B) < 1e-6
     with tf.GradientTape() as tape, keras_kfc.Capture() as capture:
         loss = tf.reduce_mean(model(masked_inputs(), training=True) ** 2)
     tape.gradient(loss, model.trainable_variables[0].value)
@@ -154,7 +156,33 @@ def test_factors_count_the_steps_that_a_mask_leaves():
     ds = B * use.derivative.numpy().reshape(B, T, -1)
     assert not ds[~MASK].any()
     expected = ds[MASK].T @ ds[MASK] / MASK.sum()
-    assert relative_error(blocks["kernel"].gamma[0], expected) < 1e-5
+    assert relative_error(block.gamma[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "SimpleRNN"])
+@pytest.mark.parametrize("masked", few([True, False], 1))
+def test_the_block_of_both_kernels_has_the_partial_traces_of_the_fisher_matrix(kind, masked):
+    """From the gradient of each example by itself: inputs and states are rows of one matrix."""
+    model = model_of(kind, masked)
+    x, y = masked_inputs() if masked else X, RNG.normal(size=(B, H))
+    each = []
+    for b in range(B):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x[b : b + 1], training=True) - y[b]) ** 2)
+        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        each.append(np.concatenate([np.atleast_2d(g.numpy()) for g in gradients]))
+    keras_kfc.instrument(model)
+    model.compile(keras_kfc.KFC(0.0, fisher="empirical", seed=1), "mse")
+    model.train_on_batch(x, y)
+    (block,) = model.optimizer.blocks
+    assert block.indices.kernels == (0, 1) and block.indices.bias == 2
+    derivatives = np.stack(each)
+    omega = np.einsum("bij,bkj->ik", derivatives, derivatives) / B
+    gamma = np.einsum("bji,bjk->ik", derivatives, derivatives) / B
+    assert relative_error(block.omega[0], omega) < 1e-6
+    assert relative_error(block.gamma[0], gamma) < 1e-6
+    # Negative control: kernels apart, inputs and states are uncorrelated.
+    assert np.linalg.norm(omega[:J, J : J + H]) > 0.1 * np.linalg.norm(omega)
 
 
 @pytest.mark.nightly
@@ -166,7 +194,7 @@ def test_a_bidirectional_layer_trains_both_directions():
     keras_kfc.instrument(model).compile(keras_kfc.KFC(seed=1), "mse")
     model.fit(X, X[:, :1, 0], verbose=0)
     paths = [block.path for block in model.optimizer.blocks]
-    assert len(paths) == 5 and any("forward" in p for p in paths)
+    assert len(paths) == 3 and any("forward" in p for p in paths)
     assert any("backward" in path for path in paths)
 
 
@@ -248,5 +276,5 @@ def test_a_train_step_that_hides_its_loss_gets_the_empirical_factors(caplog):
     keras_kfc.instrument(model).compile(keras_kfc.KFC(seed=1))
     model.fit(X, np.ones((B, H)), batch_size=B, epochs=2, verbose=0)
     assert "empirical Fisher matrix" in caplog.text and "fallback rule" not in caplog.text
-    assert len(model.optimizer.blocks) == 2
+    assert len(model.optimizer.blocks) == 1
     assert all(np.abs(block.gamma).max() > 0 for block in model.optimizer.blocks)

@@ -87,7 +87,7 @@ def hidden_gamma_and_ggn(loss, y, activation, positions=(), mask=None, **argumen
     ]
     model = keras.Sequential(stack)
     model.get_layer("hidden").set_weights([np.eye(4)])
-    optimizer = keras_kfc.KFC(fisher="exact", curvature_update_period=1)
+    optimizer = keras_kfc.KFC(fisher="exact", curvature_update_period=1, weight_sharing="expand")
     # One step: tracing it would take longer.
     model.compile(optimizer=optimizer, loss=loss, run_eagerly=True)
     point = tf.Variable(inputs)

@@ -30,7 +30,7 @@ def block_and_ggn(loss, targets, *, activation=None, units=3, shape=(4,), weight
     model = keras_kfc.instrument(
         keras.Sequential([keras.Input(shape), keras.layers.Dense(units, activation=activation)])
     )
-    optimizer = keras_kfc.KFC(fisher="exact", curvature_update_period=1)
+    optimizer = keras_kfc.KFC(fisher="exact", curvature_update_period=1, weight_sharing="expand")
     # One step: tracing it would take longer.
     model.compile(optimizer=optimizer, loss=loss, run_eagerly=True, **compiled)
     layer = model.layers[-1]
@@ -193,7 +193,7 @@ def test_several_outputs_add_up_with_their_loss_weights():
         "size": keras_kfc.layers.Dense(2, name="size")(hidden),
     }
     model = keras.Model(inputs, outputs)
-    optimizer = keras_kfc.KFC(fisher="exact", curvature_update_period=1)
+    optimizer = keras_kfc.KFC(fisher="exact", curvature_update_period=1, weight_sharing="expand")
     weights = {"label": 0.3, "size": 5.0}
     model.compile(
         optimizer=optimizer,
@@ -264,7 +264,7 @@ def test_other_losses_train_with_the_empirical_fisher():
 def test_empirical_weights_scale_one_examples_derivative_by_the_root():
     keras.config.set_floatx("float64")
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(3)])
-    optimizer = keras_kfc.KFC(fisher="empirical")
+    optimizer = keras_kfc.KFC(fisher="empirical", weight_sharing="expand")
     model.compile(optimizer=optimizer, loss="mse")
     x = np.random.default_rng(0).normal(size=(5, 4))
     residual = model.predict(x, verbose=0) - REAL

@@ -114,11 +114,11 @@ def test_a_layer_and_the_optimizer_may_choose():
         optimizer.build(model.trainable_variables)
         return [block.layout.weight_sharing for block in optimizer.blocks]
 
-    assert chosen(keras_kfc.KFC()) == ["reduce", "reduce", "expand"]
-    assert chosen(keras_kfc.KFC(weight_sharing="expand")) == ["expand"] * 3
+    assert chosen(keras_kfc.KFC()) == ["trace"] * 2
+    assert chosen(keras_kfc.KFC(weight_sharing="expand")) == ["expand"] * 2
     model.layers[-1].weight_sharing = "reduce"
-    assert chosen(keras_kfc.KFC()) == ["reduce"] * 3
-    with pytest.raises(ValueError, match=r"`weight_sharing` must be .*'expand', 'reduce'"):
+    assert chosen(keras_kfc.KFC()) == ["trace", "reduce"]
+    with pytest.raises(ValueError, match=r"`weight_sharing` must be .*'expand', 'reduce', 'trace'"):
         keras_kfc.KFC(weight_sharing="both")
 
 

@@ -220,7 +220,9 @@ def test_spectra_of_cut_factors_leave_out_the_rows_that_fill_them_up():
     """Seven outputs and seven inputs in parts of four: the last part has three rows."""
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((7,)), keras_kfc.layers.Dense(7, name="cut")])
-    model.compile(KFC(max_factor_dim=4, fisher="exact", curvature_ema=0.0), "mse")
+    model.compile(
+        KFC(max_factor_dim=4, fisher="exact", curvature_ema=0.0, weight_sharing="expand"), "mse"
+    )
     x = np.random.default_rng(0).normal(size=(32, 7)).astype("float32")
     history = model.fit(
         x, x, batch_size=32, verbose=0, callbacks=[CurvatureMonitor("extremes")]

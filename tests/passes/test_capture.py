@@ -16,14 +16,15 @@ X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
 EXTENDED = np.column_stack([X, np.ones(8)])
 OMEGA = EXTENDED.T @ EXTENDED / 8
+# Factors of the last batch alone, in the setting whose omega is the inputs' alone.
+EXPAND = {"weight_sharing": "expand", "curvature_update_period": 1}
+SETTINGS = {**EXPAND, "curvature_ema": 0.0}
 
 
 def built(model=keras.Sequential, **compile_options):
     """A compiled model of one layer, whose omega is that of its last batch."""
     net = model([keras.Input((4,)), keras_kfc.layers.Dense(2)])
-    net.compile(
-        keras_kfc.KFC(curvature_update_period=1, curvature_ema=0.0), "mse", **compile_options
-    )
+    net.compile(keras_kfc.KFC(**SETTINGS), "mse", **compile_options)
     return net
 
 
@@ -138,7 +139,7 @@ def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(ru
 
     model = Wrapper()
     model(X)
-    model.compile(keras_kfc.KFC(curvature_update_period=1), "mse", run_eagerly=run_eagerly)
+    model.compile(keras_kfc.KFC(**EXPAND), "mse", run_eagerly=run_eagerly)
     before = model.evaluate(X, Y, verbose=0)
     model.fit(X, Y, batch_size=8, epochs=30, verbose=0)
     assert len([r for r in caplog.records if "empirical" in r.getMessage()]) == 1
@@ -150,11 +151,7 @@ def test_a_train_step_that_calls_parts_of_the_model_gets_the_empirical_fisher(ru
     fresh = Wrapper()
     fresh(X)
     fresh.set_weights(model.get_weights())
-    fresh.compile(
-        keras_kfc.KFC(curvature_update_period=1, curvature_ema=0.0, learning_rate=0.0),
-        "mse",
-        run_eagerly=run_eagerly,
-    )
+    fresh.compile(keras_kfc.KFC(0.0, **SETTINGS), "mse", run_eagerly=run_eagerly)
     fresh.fit(X, Y, batch_size=8, epochs=2, verbose=0)
     gamma = fresh.optimizer.blocks[1].gamma[0]
     assert relative_error(gamma, residuals.T @ residuals / 8) < 1e-5
@@ -239,7 +236,7 @@ def test_a_train_step_that_does_not_say_that_it_trains(where, run_eagerly, argum
 
     model = Untold(dense_after_dropout(where))
     model.compile(
-        keras_kfc.KFC(0.0, fisher="exact", curvature_update_period=1, curvature_ema=0.0),
+        keras_kfc.KFC(0.0, fisher="exact", **SETTINGS),
         "mse",
         run_eagerly=run_eagerly,
     )
@@ -280,7 +277,7 @@ def test_what_the_loss_does_not_depend_on_does_not_count(run_eagerly):
 def test_a_gradient_for_something_else_does_not_count(eager):
     """The gradient of another loss with regard to the inputs, of the same forward pass."""
     model = keras.Sequential([keras.Input((4,)), keras_kfc.layers.Dense(2)])
-    optimizer = keras_kfc.KFC(0.0, curvature_update_period=1, curvature_ema=0.0)
+    optimizer = keras_kfc.KFC(0.0, **SETTINGS)
     optimizer.build(model.trainable_variables)
 
     def step(x):

@@ -141,6 +141,7 @@ def naive_factors(model, latents, real):
 
 def kfc():
     options = {"curvature_update_period": 1, "curvature_ema": 0.0, "learning_rate": 0.0}
+    options["weight_sharing"] = "expand"
     return keras_kfc.KFC(seed=1, **options)
 
 

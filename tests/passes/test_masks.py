@@ -53,6 +53,7 @@ def trained(model, x, y, masking=True, **options):
     layers = [keras.layers.Masking()] if masking else []
     net = model([keras.Input((STEPS, INPUTS)), *layers, keras_kfc.layers.Dense(UNITS)])
     periods = {"curvature_update_period": 1, "curvature_ema": 0.0, "seed": 1}
+    periods["weight_sharing"] = "expand"
     net.compile(keras_kfc.KFC(0.0, **periods, **options), "mse")
     net.fit(x, y, batch_size=EXAMPLES, epochs=2, shuffle=False, verbose=0)
     return net

@@ -216,7 +216,7 @@ def test_factors_weigh_examples_not_batches():
     rng = np.random.default_rng(2)
     x = rng.normal(size=(257, 3)).astype("float32")
     x[-1] *= 10
-    model = line(1, 3, polyak_scaling=0.0, curvature_update_period=1)
+    model = line(1, 3, polyak_scaling=0.0, curvature_update_period=1, weight_sharing="expand")
     model.fit(x, np.zeros((257, 1)), batch_size=256, epochs=1, verbose=0, shuffle=False)
     weights = np.append(np.full(256, 0.95), 1.0)
     # One example makes room for itself only.

@@ -17,6 +17,7 @@ SETTINGS = {
     "learning_rate": 0.01,
     "weight_decay": None,
     "seed": 3,
+    "weight_sharing": "expand",
 }
 
 

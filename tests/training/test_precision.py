@@ -115,7 +115,7 @@ def test_the_ordinary_backward_pass_is_unscaled(policy, scale, tolerance):
     """The empirical Fisher matrix of a custom loss knows what the loss was multiplied by."""
     keras.config.set_dtype_policy(policy)
     model = OwnLoss([keras.Input((3,)), keras_kfc.layers.Dense(2)])
-    optimizer = KFC()
+    optimizer = KFC(weight_sharing="expand")
     if scale is not None:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=scale)
     model.compile(optimizer, "mse")

@@ -99,7 +99,7 @@ def test_dense_takes_inputs_of_any_kind(kind):
         def call(self, inputs):
             return self.dense(tf.sparse.from_dense(inputs) if kind == "sparse" else inputs)
 
-    model = compiled(Net(), "mse")
+    model = compiled(Net(), "mse", weight_sharing="expand")
     model.fit(x.astype("float32" if kind == "sparse" else kind), x[:, :2], 16, verbose=0)
     expected = np.column_stack([x, np.ones(16)])
     assert relative_error(model.optimizer.blocks[0].omega[0], expected.T @ expected / 16) < 1e-5
@@ -155,7 +155,7 @@ def test_batches_of_any_size():
 
 
 def test_last_smaller_batch_has_the_factors_of_its_own_size():
-    model = compiled(fisher="exact", curvature_ema=0.0, learning_rate=1e-9)
+    model = compiled(fisher="exact", curvature_ema=0.0, learning_rate=1e-9, weight_sharing="expand")
     images, labels = image_batch(21)
     model.fit(images, labels, batch_size=16, shuffle=False, verbose=0)
     last = keras_kfc.kronecker_factors(model, images[16:], fisher="exact")

@@ -15,7 +15,10 @@ def test_shared_layer_trains_with_both_uses():
     shared = keras_kfc.layers.Dense(2, use_bias=False)
     left, right = keras.Input((3,)), keras.Input((3,))
     model = compiled(
-        keras.Model([left, right], shared(left) - 2 * shared(right)), "mse", fisher="exact"
+        keras.Model([left, right], shared(left) - 2 * shared(right)),
+        "mse",
+        fisher="exact",
+        weight_sharing="expand",
     )
     x = [np.random.default_rng(i).normal(size=(16, 3)) for i in range(2)]
     model.train_on_batch(x, np.ones((16, 2)))
@@ -40,7 +43,10 @@ class Tied(keras_kfc.layers.Dense):
 def test_layers_with_one_kernel_variable_share_a_block():
     first = keras_kfc.layers.Dense(3, use_bias=False)
     model = compiled(
-        keras.Sequential([keras.Input((3,)), first, Tied(first)]), "mse", fisher="exact"
+        keras.Sequential([keras.Input((3,)), first, Tied(first)]),
+        "mse",
+        fisher="exact",
+        weight_sharing="expand",
     )
     first.set_weights([2 * np.eye(3)])
     x = np.random.default_rng(0).normal(size=(16, 3))
