@@ -104,3 +104,35 @@ def test_state_of_another_network_is_refused():
         model.optimizer.build(model.trainable_variables)
     with pytest.raises(ValueError, match="other layers or settings"):
         other.optimizer.load_own_variables(stored_state(small.optimizer))
+
+
+@pytest.mark.parametrize("version", [2, FORMAT_VERSION])
+def test_factors_that_were_measured_in_another_setting_are_measured_anew(version):
+    """Momenta and averages go on; numbers that mean something else do not."""
+    trained, other = (
+        compiled(optimizer=default_optimizer(weight_sharing=setting))
+        for setting in ("expand", None)
+    )
+    fit(trained, epochs=1)
+    other.set_weights(trained.get_weights())
+    other.optimizer.build(other.trainable_variables)
+    store = stored_state(trained.optimizer)
+    if version == 2:
+        layout = json.loads(store["layout"].tobytes())
+        for block in layout["blocks"]:
+            del block["weight_sharing"]
+        store["layout"] = np.frombuffer(json.dumps({**layout, "version": 2}).encode(), "uint8")
+    other.optimizer.load_own_variables(store)
+    settings = {b.layout.weight_sharing: float(b.ema_weight) for b in other.optimizer.blocks}
+    assert settings["expand"] > 0 and settings["trace"] == 0
+    for ours, theirs in zip(
+        other.optimizer.parts.momentums, trained.optimizer.parts.momentums, strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    fit(other, epochs=2, first=1)
+    assert all(float(block.ema_weight) > 0 for block in other.optimizer.blocks)
+    # Negative control: in the same setting nothing is forgotten.
+    again = compiled(optimizer=default_optimizer(weight_sharing="expand"))
+    again.optimizer.build(again.trainable_variables)
+    again.optimizer.load_own_variables(stored_state(trained.optimizer))
+    assert all(float(block.ema_weight) > 0 for block in again.optimizer.blocks)
