@@ -96,6 +96,9 @@ def errors_of(name: str, statistics: fisher_blocks.Statistics) -> Table:
     }
     found = fisher_blocks.approximations(statistics)
     matrices = {text: found[key] for text, key in candidates.items()}
+    matrices["partial traces of the block"] = fisher_blocks.product_of_partial_traces(
+        block, rows, columns
+    )
     matrices["nearest Kronecker product there is"] = fisher_blocks.nearest_kronecker_product(
         block, rows, columns
     )

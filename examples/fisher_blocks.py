@@ -125,6 +125,13 @@ def nearest_kronecker_product(block: np.ndarray, rows: int, columns: int) -> np.
     return values[0] * np.kron(left[:, 0].reshape(rows, rows), right[0].reshape(columns, columns))
 
 
+def product_of_partial_traces(block: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The Kronecker product that has a block's partial traces, KFC's `weight_sharing="trace"`."""
+    parts = block.reshape(rows, columns, rows, columns)
+    omega, gamma = np.einsum("iojo->ij", parts), np.einsum("ioip->op", parts)
+    return np.kron(omega, gamma) / np.trace(block)
+
+
 def relative_error(approximation: np.ndarray, block: np.ndarray) -> float:
     """Frobenius norm of the difference over that of the block."""
     return float(np.linalg.norm(approximation - block) / np.linalg.norm(block))

@@ -27,9 +27,6 @@ from keras_kfc.passes.automatic import active_capture
 class Cell(KroneckerLayer):
     """What recurrent cells share."""
 
-    # Steps of a sequence are neither alike nor uncorrelated.
-    weight_sharing = "trace"
-
     kernel: Any
     recurrent_kernel: Any
     dropout: float

@@ -24,7 +24,6 @@ class Dense(KroneckerLayer, keras.layers.Dense):
     """
 
     can_be_quantised = True
-    weight_sharing = "trace"
 
     @property
     def linear_map(self) -> DenseMap:

@@ -31,7 +31,6 @@ class EinsumDense(KroneckerLayer, keras.layers.EinsumDense):
     """
 
     can_be_quantised = True
-    weight_sharing = "trace"
     without_matrices = "its equation is no product of matrices"
 
     @property

@@ -50,8 +50,8 @@ class KroneckerLayer(TellsWhenBuilt):
     without_matrices = "its weights are no matrix"
     # The structure of the layer's curvature block, if it is not the optimizer's choice.
     curvature_structure: str | None = None
-    # As in `WeightMatrix`.
-    weight_sharing = "expand"
+    # As in `WeightMatrix`, or None for what suits the matrix.
+    weight_sharing: str | None = None
 
     built: bool
     path: str
@@ -88,8 +88,10 @@ class KroneckerLayer(TellsWhenBuilt):
         self, kernel: Any, bias: Any, linear_map: LinearMap, name: str = ""
     ) -> WeightMatrix:
         """A matrix with the layer's choices of structure and setting."""
-        structure, sharing = self.curvature_structure, self.weight_sharing
-        return WeightMatrix(kernel, bias, linear_map, name, structure, sharing)
+        # Patches are many and large; what sees the inputs themselves can do without assumptions.
+        sees_patches = linear_map.kernel_rows > linear_map.inputs // linear_map.groups
+        sharing = self.weight_sharing or ("expand" if sees_patches else "trace")
+        return WeightMatrix(kernel, bias, linear_map, name, self.curvature_structure, sharing)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Becomes Keras's own layer and is quantised as that, out of the optimizer's sight."""

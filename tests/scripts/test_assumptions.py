@@ -103,6 +103,19 @@ def test_nearest_kronecker_product_is_nearest(statistics):
     assert fisher_blocks.relative_error(again, product) < 1e-10
 
 
+def test_partial_traces_make_a_product_what_it_is_and_keep_the_trace(statistics):
+    block = fisher_blocks.exact_block(statistics)
+    product = np.kron(block[:19, :19], block[:3, :3])
+    again = fisher_blocks.product_of_partial_traces(product, 19, 3)
+    assert fisher_blocks.relative_error(again, product) < 1e-10
+    ours = fisher_blocks.product_of_partial_traces(block, 19, 3)
+    assert np.trace(ours) == pytest.approx(np.trace(block))
+    nearest = fisher_blocks.nearest_kronecker_product(block, 19, 3)
+    errors = [fisher_blocks.relative_error(matrix, block) for matrix in (nearest, ours)]
+    homogeneous = fisher_blocks.approximations(statistics)["homogeneous"]
+    assert errors[0] < errors[1] < fisher_blocks.relative_error(homogeneous, block)
+
+
 def test_cosine_of_natural_gradients_tells_good_from_bad(statistics):
     block = fisher_blocks.exact_block(statistics)
     assert fisher_blocks.natural_cosine(block, block, 0.1) == pytest.approx(1)
