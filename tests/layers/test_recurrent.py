@@ -148,7 +148,7 @@ def test_factors_count_the_steps_that_a_mask_leaves():
     rows = np.pad(X, ((0, 0), (0, 0), (0, 1)), constant_values=1)[MASK]
     (block,) = blocks.values()
     own = np.r_[: X.shape[2], -1]  # without the states
-    assert relative_error(block.omega[0][np.ix_(own, own)], rows.T @ rows / B) < 1e-6
+    assert relative_error(block.omega.numpy()[0][np.ix_(own, own)], rows.T @ rows / B) < 1e-6
     with tf.GradientTape() as tape, keras_kfc.Capture() as capture:
         loss = tf.reduce_mean(model(masked_inputs(), training=True) ** 2)
     tape.gradient(loss, model.trainable_variables[0].value)
@@ -251,7 +251,7 @@ def test_steps_are_the_same_compiled_by_xla(kind):
 def test_a_layer_inside_time_distributed_has_the_block_of_all_steps():
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((T, J)), layers.TimeDistributed(layers.Dense(H))])
-    keras_kfc.instrument(model).compile(keras_kfc.KFC(seed=1), "mse")
+    keras_kfc.instrument(model).compile(keras_kfc.KFC(weight_sharing="expand"), "mse")
     model.fit(X, np.zeros((B, T, H)), batch_size=B, verbose=0)
     (block,) = model.optimizer.blocks
     rows = np.pad(X, ((0, 0), (0, 0), (0, 1)), constant_values=1).reshape(B * T, -1)

@@ -143,7 +143,7 @@ def test_losses_of_a_users_own_train_and_one_line_tells(loss, fisher, caplog):
 
 
 def gamma_of(model, loss, targets, fisher, **compiled):
-    optimizer = keras_kfc.KFC(fisher=fisher, seed=1, learning_rate=0.0)
+    optimizer = keras_kfc.KFC(0.0, fisher=fisher, seed=1, weight_sharing="expand")
     model.compile(optimizer=optimizer, loss=loss, **compiled)
     optimizer.build(model.trainable_variables)
     model.train_on_batch(X, targets)
