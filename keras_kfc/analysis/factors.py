@@ -45,8 +45,9 @@ def kronecker_factors(
 
     Those of embeddings, normalisations and depthwise kernels are something else
     (`layer.weight_matrices` tells their `structure`). The model runs in inference mode, and
-    nothing about it changes. Normalisation is the paper's: omega is a sum over positions and a
-    mean over examples, gamma a mean over both (Grosse & Martens 2016, section 3).
+    nothing about it changes. They are the paper's, as KFC keeps them with
+    `weight_sharing="expand"`: omega is a sum over positions and a mean over examples, gamma a mean
+    over both (Grosse & Martens 2016, section 3).
 
     Args:
         model: A built model, instrumented or not.
