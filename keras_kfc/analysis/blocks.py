@@ -80,10 +80,10 @@ def analysed_blocks(
 
     def layout_for(record: LayerRecord) -> Any:
         matrix = record.matrix
-        kernels = (matrix.kernel, *matrix.further_kernels)
-        if any(id(kernel) not in index_of for kernel in kernels) or not wanted(record):
+        indices = matrix.indices_in(index_of)
+        if indices is None or not wanted(record):
             return None
-        use_bias = matrix.bias is not None and id(matrix.bias) in index_of
+        use_bias = indices.bias is not None
         kind = STRUCTURES[matrix.structure or structure]
         # As other packages have it: the partial traces are for the steps of training.
         sharing = "expand" if matrix.weight_sharing == "trace" else matrix.weight_sharing
@@ -107,10 +107,8 @@ def analysed_blocks(
     blocks = []
     for part in measured:
         matrix = part.matrix
-        bias = index_of[id(matrix.bias)] if part.layout.use_bias else None
-        kernels = (matrix.kernel, *matrix.further_kernels)
-        places = tuple(index_of[id(kernel)] for kernel in kernels)
-        indices = VariableIndices(places, bias, tuple(kernel.shape[0] for kernel in kernels))
+        indices = matrix.indices_in(index_of)
+        assert indices is not None  # what was measured is there
         eigenform = part.layout.eigenform(part.moments)
         blocks.append(AnalysedBlock(part.path, matrix, part.layout.linear_map, indices, eigenform))
     return blocks

@@ -29,17 +29,12 @@ def parameter_groups(variables: Sequence[Any]) -> Iterator[ParameterGroup]:
     Args:
         variables: The variables.
     """
-    indices = {id(variable): index for index, variable in enumerate(variables)}
+    index_of = {id(variable): index for index, variable in enumerate(variables)}
     for variable in variables:
         layer: Any = layer_of_kernel(variable)
         if layer is None:
             continue
         matrix = next(own for own in layer.weight_matrices if own.kernel is variable)
-        bias = None if matrix.bias is None else indices.get(id(matrix.bias))
-        kernels = (variable, *matrix.further_kernels)
-        if any(id(kernel) not in indices for kernel in kernels):
-            continue
-        places = tuple(indices[id(kernel)] for kernel in kernels)
-        rows = tuple(kernel.shape[0] for kernel in kernels)
-        own = VariableIndices(places, bias, rows)
-        yield ParameterGroup(matrix.path_in(layer.path), matrix, own)
+        own = matrix.indices_in(index_of)
+        if own is not None:
+            yield ParameterGroup(matrix.path_in(layer.path), matrix, own)

@@ -33,6 +33,24 @@ class WeightMatrix:
     weight_sharing: str = "expand"
     further_kernels: tuple[keras.Variable, ...] = ()
 
+    @property
+    def kernels(self) -> tuple[keras.Variable, ...]:
+        """All kernels, in the order of their rows."""
+        return (self.kernel, *self.further_kernels)
+
+    def indices_in(self, index_of: Mapping[int, int]) -> "VariableIndices | None":
+        """Where its variables are in a list, or None if a kernel is not there.
+
+        Args:
+            index_of: Indices of the list's variables, by their identity. A bias that is not there
+                is left out.
+        """
+        if any(id(kernel) not in index_of for kernel in self.kernels):
+            return None
+        bias = None if self.bias is None else index_of.get(id(self.bias))
+        rows = tuple(kernel.shape[0] for kernel in self.kernels)
+        return VariableIndices(tuple(index_of[id(k)] for k in self.kernels), bias, rows)
+
     def path_in(self, layer: str) -> str:
         """Path of the matrix, for messages and names of variables.
 

@@ -82,8 +82,8 @@ class KFC(WholeStepOptimizer):
             are drawn anew for each update, or None for all. Defaults to `None`.
         structure: What layers' Fisher blocks are kept as: `"kronecker"` (the default), the paper's
             product of two factors, `"eigenbasis"` (EKFAC), `"diagonal"`, or `"full"`.
-        weight_sharing: What factors take positions for: uncorrelated (`"expand"`), alike
-            (`"reduce"`) or what they are (`"trace"`); None for what suits each layer, the default.
+        weight_sharing: How factors take inputs, derivatives, positions: independent (`"expand"`),
+            with positions alike (`"reduce"`), as they are (`"trace"`); None by layer, the default.
         max_factor_dim: Rows of a factor beyond which it is cut into diagonal blocks of that size
             or less (a convolution's kernel positions stay together), which is logged; None for no
             limit. One of n rows takes `8 n²` bytes with its inverse, and about `n³` products each

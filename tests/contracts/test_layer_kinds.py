@@ -51,7 +51,7 @@ def stacked(matrix, by_variable):
 
 
 def kernel_of(matrix, by_variable):
-    parts = [by_variable[id(one)] for one in (matrix.kernel, *matrix.further_kernels)]
+    parts = [by_variable[id(one)] for one in matrix.kernels]
     return tf.concat(parts, axis=0) if len(parts) > 1 else parts[0]
 
 
